@@ -1,0 +1,30 @@
+"""TurboQuant's packed 4-bit format in NumPy: the codebook, the rotation, the bytes and the oracle.
+
+Letters, everywhere: B batch · T query positions · S cached positions · H query heads · K key/value heads ·
+G = H // K · D head_dim · P packed bytes per vector · L entries of a table. Arrays are head-first:
+queries [B, H, T, D], codes [B, K, S, P], norms [B, K, S], scores [B, H, T, S].
+"""
+
+from tqcore.codebook import Codebook
+from tqcore.file import load_file, save_file
+from tqcore.quantizer import PackedVectors, Quantizer
+from tqcore.reference import attention_scores, compress, decompress, from_dlpack, fused_qk_scores
+from tqcore.rotation import rotate, unrotate
+from tqcore.version import __version__
+
+
+__all__ = [
+    "Codebook",
+    "PackedVectors",
+    "Quantizer",
+    "__version__",
+    "attention_scores",
+    "compress",
+    "decompress",
+    "from_dlpack",
+    "fused_qk_scores",
+    "load_file",
+    "rotate",
+    "save_file",
+    "unrotate",
+]

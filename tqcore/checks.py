@@ -1,0 +1,185 @@
+"""Every check of an argument and every message: what must hold, then what came.
+
+Arrays are looked at through `shape` and `dtype` alone, so NumPy, JAX and torch arrays share the checks.
+The front-ends call these before they compute; constructors of classes that hold arrays do not.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_HEAD_DIM = 1024  # an integer score stays below 2^31, and each of its parts below 2^24
+MAX_CENTROIDS = 16
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def dtype_name(dtype: Any) -> str:
+    """'float32' for numpy.float32, jax.numpy.float32, torch.float32 and 'float32' alike."""
+    return np.dtype(dtype).name if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
+
+
+def check_head_dim(head_dim: Any) -> None:
+    if not isinstance(head_dim, Integral) or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"`head_dim` must be an even integer from 2 to {MAX_HEAD_DIM}, got {head_dim!r}.")
+
+
+def check_bits(bits: Any) -> None:
+    if not isinstance(bits, Integral) or not 1 <= bits <= 4:
+        raise ValueError(f"`bits` must be 1, 2, 3 or 4, got {bits!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
+
+
+def check_rotation(rotation: Any, head_dim: int) -> None:
+    power_of_two = head_dim & (head_dim - 1) == 0
+    if rotation != "haar" and not (rotation == "hadamard" and power_of_two):
+        raise ValueError(
+            "`rotation` must be None, 'haar', or, where head_dim is a power of two, 'hadamard', "
+            f"got rotation={rotation!r}, head_dim={head_dim}."
+        )
+
+
+def check_array(name: str, array: Any, axes: str, dtypes: Sequence[str]) -> None:
+    """`axes` as in "[B, H, T, D]"; a leading "..." stands for any number of axes."""
+    needed = axes.count(",") + 1
+    at_least = axes.startswith("[...")
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    rank_fits = shape is not None and (len(shape) >= needed - 1 if at_least else len(shape) == needed)
+    if not rank_fits or dtype_name(dtype) not in dtypes:
+        came = f"an object of type {type(array).__name__}"
+        if shape is not None:
+            came = f"shape {list(shape)}, dtype {dtype_name(dtype)}"
+        raise ValueError(f"`{name}` must be an array {axes} of {_one_of(dtypes)}, got {came}.")
+
+
+def check_implementation(implementation: Any, known: Sequence[str]) -> None:
+    if implementation is not None and implementation not in known:
+        names = ", ".join(repr(name) for name in known)
+        raise ValueError(f"`implementation` must be None or one of {names}, got {implementation!r}.")
+
+
+def check_dtype(dtype: Any) -> None:
+    if dtype_name(dtype) not in FLOATS:
+        raise ValueError(f"`dtype` must be {_one_of(FLOATS)}, got {dtype_name(dtype)}.")
+
+
+def check_scale(scale: Any) -> None:
+    if not isinstance(scale, Real) or not math.isfinite(scale) or abs(scale) > np.finfo(np.float32).max:
+        raise ValueError(f"`scale` must be a finite number within float32, got {scale!r}.")
+
+
+def check_centroid_values(centroids: NDArray[np.float32]) -> None:
+    """What can be seen of `centroids` only once they are concrete."""
+    if not np.all(np.isfinite(centroids)) or np.any(centroids[1:] < centroids[:-1]):
+        raise ValueError(f"`centroids` must be finite and ascending, got {centroids.tolist()}.")
+
+
+def check_devices(devices: Mapping[str, Any]) -> None:
+    """`devices` from argument name to where it lies."""
+    if len(set(devices.values())) > 1:
+        names = ", ".join(f"`{name}`" for name in devices)
+        came = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{names} must be on one device, got {came}.")
+
+
+def check_vectors(x: Any, quantizer: Any) -> None:
+    check_array("x", x, "[..., S, D]", FLOATS)
+    _check_quantizer("quantizer", quantizer)
+    if x.shape[-1] != quantizer.head_dim:
+        raise ValueError(
+            "the last axis of `x` must be the quantizer's head_dim, "
+            f"got shape {list(x.shape)}, head_dim={quantizer.head_dim}."
+        )
+
+
+def check_rotated(x: Any, quantizer: Any) -> None:
+    check_array("x", x, "[..., D]", FLOATS)
+    _check_quantizer("quantizer", quantizer)
+    if not x.shape or x.shape[-1] != quantizer.head_dim:
+        raise ValueError(
+            "the last axis of `x` must be the quantizer's head_dim, "
+            f"got shape {list(x.shape)}, head_dim={quantizer.head_dim}."
+        )
+
+
+def check_packed(name: str, packed: Any) -> None:
+    if not (hasattr(packed, "codes") and hasattr(packed, "norms") and hasattr(packed, "quantizer")):
+        raise ValueError(f"`{name}` must be PackedVectors, got an object of type {type(packed).__name__}.")
+    _check_quantizer(f"{name}.quantizer", packed.quantizer)
+    check_array(f"{name}.codes", packed.codes, "[..., S, P]", ("uint8",))
+    check_array(f"{name}.norms", packed.norms, "[..., S]", ("float32",))
+    _check_packed_shapes(f"{name}.codes", packed.codes, f"{name}.norms", packed.norms, packed.quantizer.head_dim)
+
+
+def check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads) -> None:
+    """The arguments of `fused_qk_scores`, but for the values of `centroids`."""
+    check_array("q_rotated", q_rotated, "[B, H, T, D]", FLOATS)
+    check_array("packed_indices", packed_indices, "[B, K, S, D/2]", ("uint8",))
+    check_array("norms", norms, "[B, K, S]", ("float32",))
+    check_array("centroids", centroids, "[L]", ("float32",))
+    batch, heads, _, head_dim = q_rotated.shape
+    check_head_dim(head_dim)
+    _check_packed_shapes("packed_indices", packed_indices, "norms", norms, head_dim)
+    if not 1 <= centroids.shape[0] <= MAX_CENTROIDS:
+        raise ValueError(
+            f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}."
+        )
+    if batch != packed_indices.shape[0]:
+        raise ValueError(
+            "`q_rotated` and `packed_indices` must have one batch size, "
+            f"got {batch} and {packed_indices.shape[0]}."
+        )
+    if (heads, packed_indices.shape[1]) != (n_q_heads, n_kv_heads):
+        raise ValueError(
+            "`n_q_heads` and `n_kv_heads` must be the head axes of `q_rotated` and `packed_indices`, "
+            f"got n_q_heads={n_q_heads}, n_kv_heads={n_kv_heads} for {heads} and {packed_indices.shape[1]} heads."
+        )
+    if n_kv_heads < 1 or n_q_heads % n_kv_heads:
+        raise ValueError(
+            "`n_q_heads` must be a multiple of `n_kv_heads`, "
+            f"got n_q_heads={n_q_heads}, n_kv_heads={n_kv_heads}."
+        )
+    check_scale(scale)
+
+
+def check_attention_scores(query, keys, scale) -> None:
+    """The arguments of `attention_scores`, before the query is rotated."""
+    check_array("query", query, "[B, H, T, D]", FLOATS)
+    check_packed("keys", keys)
+    check_array("keys.codes", keys.codes, "[B, K, S, P]", ("uint8",))
+    if query.shape[-1] != keys.quantizer.head_dim:
+        raise ValueError(
+            "the last axis of `query` must be the keys' head_dim, "
+            f"got shape {list(query.shape)}, head_dim={keys.quantizer.head_dim}."
+        )
+    if scale is not None:
+        check_scale(scale)
+
+
+def _check_quantizer(name: str, quantizer: Any) -> None:
+    if not hasattr(quantizer, "head_dim"):
+        raise ValueError(f"`{name}` must be a Quantizer, got an object of type {type(quantizer).__name__}.")
+
+
+def _check_packed_shapes(codes_name: str, codes: Any, norms_name: str, norms: Any, head_dim: int) -> None:
+    if codes.shape[-1] != head_dim // 2:
+        raise ValueError(
+            f"the last axis of `{codes_name}` must be head_dim / 2, "
+            f"got shape {list(codes.shape)}, head_dim={head_dim}."
+        )
+    if tuple(norms.shape) != tuple(codes.shape[:-1]):
+        raise ValueError(
+            f"`{norms_name}` must have the shape of `{codes_name}` without its last axis, "
+            f"got {list(norms.shape)} and {list(codes.shape)}."
+        )
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,222 @@
+"""Attention scores from packed keys, in Triton: the device code that tq_torch and tqjax launch.
+
+    score[r, s] = (Σ_d n[r, d] · level[index[s, d]]) · (norm[s] · (unit · 2^e[r]))       q[r] ≈ n[r] · 2^e[r]
+
+Reads D/2 + 4 bytes a key, once for all R = T·G query rows of a key head, and writes 4·R bytes.
+Equals `tqcore.reference.fused_qk_scores` bit for bit. Its Pallas twin is `tqjax/pallas_scores.py`.
+
+Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt`.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from tqcore import fixed_point
+
+MAX_HEAD_DIM = 256
+
+CARRY, BIAS = (tl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
+ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
+INFINITY_BITS = tl.constexpr(fixed_point.INFINITY_BITS)
+MIN_EXPONENT = tl.constexpr(fixed_point.MIN_EXPONENT)
+ROUNDER = tl.constexpr(fixed_point.ROUNDER)
+ROUNDER_BITS = tl.constexpr(fixed_point.ROUNDER_BITS)
+SMALLEST_NORMAL = tl.constexpr(fixed_point.SMALLEST_NORMAL)
+NOT_FINITE = tl.constexpr(128)  # in place of an exponent
+
+# Eight nibbles of $2 through the 16-byte table $3 $7 $11 $15: to $0 the bytes [low 0, high 0, low 1, high 1],
+# to $1 the same of bytes 2 and 3. A selector takes 8 table bytes; bit 3 of each nibble picks the half.
+LOOKUP = tl.constexpr("""{
+.reg .b32 select, pick, a, b;
+and.b32 select, $2, 0x77777777;
+shr.u32 pick, $2, 1;
+lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
+prmt.b32 a, $3, $7, select;
+prmt.b32 b, $11, $15, select;
+prmt.b32 $0, a, b, pick;
+shr.u32 select, select, 16;
+shr.u32 pick, pick, 16;
+prmt.b32 a, $3, $7, select;
+prmt.b32 b, $11, $15, select;
+prmt.b32 $1, a, b, pick;
+}""")
+LOOKUP_CONSTRAINTS = tl.constexpr("=&r,=&r,r" + ",r" * 16)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is launched.
+
+    Args:
+      block_r: query rows a program scores, a power of two from 8.
+      block_s: keys a step of the loop reads, a power of two.
+      blocks: steps a program takes.
+      num_warps, num_stages: as in Triton.
+    """
+
+    block_r: int
+    block_s: int
+    blocks: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(rows: int, head_dim: int, keys: int, heads: int) -> Config:
+    """For R rows, D, S keys and B·K key heads: enough programs to fill the device, then longer loops."""
+    block_r = min(32, max(8, triton.next_power_of_2(rows)))
+    block_s = 128 if head_dim <= 128 and block_r <= 16 else 64
+    programs = heads * triton.cdiv(rows, block_r) * triton.cdiv(keys, block_s)
+    return Config(block_r, block_s, blocks=max(1, min(8, programs // 1024)), num_warps=4, num_stages=4)
+
+
+def grid(config: Config, rows: int, keys: int, heads: int) -> tuple[int, int, int]:
+    """(blocks of keys, key heads, blocks of rows)."""
+    return triton.cdiv(keys, config.block_s * config.blocks), heads, triton.cdiv(rows, config.block_r)
+
+
+@triton.jit
+def _columns(BLOCK_P: tl.constexpr, PTX: tl.constexpr):
+    """The coordinates that the two operands of `_levels` hold, in their order."""
+    c = tl.arange(0, BLOCK_P)
+    if PTX:
+        first = 8 * (c // 4) + 2 * (c % 4 // 2) + 1 - c % 2
+        return first, first + 4
+    return 2 * c, 2 * c + 1
+
+
+@triton.jit
+def _levels(codes, w0, w1, w2, w3, PTX: tl.constexpr):
+    """The int8 table entries of both nibbles of each byte, as two operands shaped like `codes`."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            LOOKUP, LOOKUP_CONSTRAINTS, [codes, w0, w1, w2, w3], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    return _level(codes >> 4, w0, w1, w2, w3), _level(codes & 15, w0, w1, w2, w3)
+
+
+@triton.jit
+def _level(index, w0, w1, w2, w3):
+    """The int8 table entry of each index, by shifts."""
+    index = index.to(tl.int32)
+    word = tl.where(index < 8, tl.where(index < 4, w0, w1), tl.where(index < 12, w2, w3))
+    return (word >> (index % 4 * 8)).to(tl.int8)
+
+
+@triton.jit
+def _multiply(a, b, PTX: tl.constexpr):
+    """a · b rounded once, never fused with an addition, subnormals as zeros."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return _flush(_flush(a) * _flush(b))
+
+
+@triton.jit
+def _flush(x):
+    return tl.where(tl.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
+
+
+@triton.jit
+def _fixed_point(q_first, q_second):
+    """Rows of floats as integers n times 2^e; e = NOT_FINITE for a row with NaN or infinity."""
+    bits_first = tl.max(q_first.to(tl.int32, bitcast=True) & ABS_MASK, 1)
+    bits_second = tl.max(q_second.to(tl.int32, bitcast=True) & ABS_MASK, 1)
+    bits = tl.minimum(tl.maximum(bits_first, bits_second), INFINITY_BITS)
+    e = tl.maximum(((bits + CARRY) >> 23) - BIAS, MIN_EXPONENT)
+    inverse = ((127 - e) << 23).to(tl.float32, bitcast=True)[:, None]
+    n_first = (q_first * inverse + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+    n_second = (q_second * inverse + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+    return n_first, n_second, tl.where(bits < INFINITY_BITS, e, NOT_FINITE)
+
+
+@triton.jit
+def _plane(n, plane):
+    """n = 128·hi + lo as int8: hi where plane is 0, else lo."""
+    hi = (n + 64) >> 7
+    return tl.where(plane == 0, hi, n - 128 * hi).to(tl.int8)
+
+
+@triton.jit
+def _products(levels_first, levels_second, q_first, q_second, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
+    """⟨level, hi⟩ and ⟨level, lo⟩ of every key and row, [BLOCK_S, BLOCK_R] int32 each."""
+    acc = tl.dot(levels_first, q_first.T, out_dtype=tl.int32)
+    acc = tl.dot(levels_second, q_second.T, acc, out_dtype=tl.int32)
+    return tl.split(tl.permute(tl.reshape(acc, [BLOCK_S, 2, BLOCK_R]), [0, 2, 1]))
+
+
+@triton.jit
+def scores_kernel(
+    q_ptr,  # [B·K, R, D] float32 | bfloat16 | float16
+    codes_ptr,  # [B, K, S, P] uint8
+    norms_ptr,  # [B, K, S] float32
+    table_ptr,  # [4·PLANES + 1] int32: the levels' bytes, the bits of the table's step
+    scale,  # float32
+    out_ptr,  # [B·K, R, S] float32
+    codes_stride_b,
+    codes_stride_k,
+    norms_stride_b,
+    norms_stride_k,
+    K,
+    R,
+    S,
+    blocks,
+    CODES_STRIDE_S: tl.constexpr,
+    D: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    head = tl.program_id(1)
+    batch, kv_head = (head // K).to(tl.int64), (head % K).to(tl.int64)
+
+    # The query rows, twice: their hi planes, then their lo planes.
+    i = tl.arange(0, 2 * BLOCK_R)
+    row = tl.program_id(2) * BLOCK_R + i % BLOCK_R
+    first, second = _columns(BLOCK_P, PTX)
+    q_row_ptr = q_ptr + (head.to(tl.int64) * R + row[:, None]) * D
+    live = row[:, None] < R
+    q_first = tl.load(q_row_ptr + first[None, :], mask=live & (first[None, :] < D), other=0.0).to(tl.float32)
+    q_second = tl.load(q_row_ptr + second[None, :], mask=live & (second[None, :] < D), other=0.0).to(tl.float32)
+    n_first, n_second, e = _fixed_point(q_first, q_second)
+    q_first, q_second = _plane(n_first, i[:, None] // BLOCK_R), _plane(n_second, i[:, None] // BLOCK_R)
+
+    # unit · 2^e of each row; the two halves of e are alike.
+    w0, w1, w2, w3 = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    step = tl.load(table_ptr + 4 * PLANES).to(tl.float32, bitcast=True)
+    e = tl.max(tl.reshape(e, [2, BLOCK_R]), 0)
+    power = ((e + 127) << 23).to(tl.float32, bitcast=True)
+    factor = _multiply(_multiply(scale, step, PTX), tl.where(e == NOT_FINITE, float("nan"), power), PTX)
+
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    p = tl.arange(0, BLOCK_P)
+    codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k
+    norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k
+    out_row_ptr = out_ptr + (head.to(tl.int64) * R + r[None, :]) * S
+    start = tl.program_id(0).to(tl.int64) * blocks * BLOCK_S
+    for block in range(blocks):
+        s = start + block * BLOCK_S + tl.arange(0, BLOCK_S)
+        inside = s < S
+        codes = tl.load(
+            codes_ptr + s[:, None] * CODES_STRIDE_S + p[None, :], mask=inside[:, None] & (p[None, :] < D // 2), other=0
+        )
+        norm = tl.load(norms_ptr + s, mask=inside, other=0.0)
+        norm = tl.where((norm.to(tl.int32, bitcast=True) & ABS_MASK) < INFINITY_BITS, norm, float("nan"))
+
+        levels_first, levels_second = _levels(codes, w0, w1, w2, w3, PTX)
+        hi, lo = _products(levels_first, levels_second, q_first, q_second, BLOCK_S, BLOCK_R)
+        if PLANES == 1:
+            total = (hi * 128 + lo).to(tl.float32)
+        else:
+            w4, w5 = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
+            w6, w7 = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
+            levels_first, levels_second = _levels(codes, w4, w5, w6, w7, PTX)
+            hi_low, lo_low = _products(levels_first, levels_second, q_first, q_second, BLOCK_S, BLOCK_R)
+            total = hi.to(tl.float32) * 128.0 + (hi_low + lo).to(tl.float32)
+            total = total * 128.0 + lo_low.to(tl.float32)
+        scores = _multiply(total, _multiply(norm[:, None], factor[None, :], PTX), PTX)
+        tl.store(out_row_ptr + s[:, None], scores, mask=inside[:, None] & (r[None, :] < R))

@@ -1,0 +1,196 @@
+"""The oracle: every operation in NumPy, written to be read beside docs/format.md.
+
+Scores are exact: each backend returns the bits that `fused_qk_scores` returns here. Encoders and whatever
+follows a softmax agree within a tolerance.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqcore import checks
+from tqcore.fixed_point import (
+    INFINITY_BITS,
+    MIN_EXPONENT,
+    QUERY_LIMIT,
+    exponent,
+    flush,
+    magnitude_bits,
+    power_of_two,
+    score_table,
+    split,
+)
+from tqcore.packing import pack, unpack
+from tqcore.quantizer import PackedVectors, Quantizer
+from tqcore.rotation import rotate, unrotate
+
+IMPLEMENTATIONS = ("numpy",)
+
+
+def compress(x: NDArray, quantizer: Quantizer) -> PackedVectors:
+    """Quantises vectors: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+
+    A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
+    counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
+
+    Args:
+      x: [..., S, D] float32, bfloat16 or float16.
+      quantizer: the rotation and the codebook.
+
+    Returns:
+      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+
+    Raises:
+      ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
+
+    Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
+    """
+    checks.check_vectors(x, quantizer)
+    x = x.astype(np.float32)
+    bits = magnitude_bits(x)
+    finite = bits < INFINITY_BITS
+    usable = finite & (bits >= power_of_two(MIN_EXPONENT).view(np.int32))
+    e = np.where(usable, exponent(bits, QUERY_LIMIT), 0)
+    scaled = np.where(usable[..., None], x, np.float32(0)) * power_of_two(-e)[..., None]
+    length = np.sqrt(_tree_sum(scaled * scaled))
+    rotated, radius = rotate(scaled, quantizer), np.where(usable, length, np.float32(1))[..., None]
+    indices = np.zeros(rotated.shape, np.uint8)
+    for boundary in quantizer.codebook.boundaries:
+        indices += rotated > boundary * radius
+    with np.errstate(over="ignore"):
+        norms = np.where(finite, length * power_of_two(e), np.float32(np.nan))
+    return PackedVectors(pack(indices), norms, quantizer)
+
+
+def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
+    """x̂ = norm · Rᵀ centroids[index].
+
+    Args:
+      packed: codes [..., S, P], norms [..., S].
+      dtype: float32, bfloat16 or float16.
+
+    Returns:
+      [..., S, D] of `dtype`.
+
+    Raises:
+      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
+    """
+    checks.check_packed("packed", packed)
+    checks.check_dtype(dtype)
+    centroids = _padded_centroids(packed.quantizer)
+    vectors = unrotate(centroids[unpack(packed.codes)], packed.quantizer) * packed.norms[..., None]
+    return vectors.astype(checks.dtype_name(dtype))
+
+
+def fused_qk_scores(
+    q_rotated: NDArray,
+    packed_indices: NDArray[np.uint8],
+    norms: NDArray[np.float32],
+    centroids: NDArray[np.float32],
+    scale: float,
+    *,
+    n_q_heads: int,
+    n_kv_heads: int,
+    implementation: str | None = None,
+) -> NDArray[np.float32]:
+    """Attention scores from packed keys: score[b,h,t,s] = scale · norm[b,k,s] · ⟨q[b,h,t], centroids[index[b,k,s]]⟩.
+
+    Query head h reads key head k = h // (H // K). The inner product is an exact sum of integers, and
+    three roundings to float32 follow it (docs/format.md), so every implementation returns the same bits.
+    NaN or infinity in a query makes its row NaN; a norm that is not finite makes its column NaN.
+
+    Args:
+      q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
+      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble.
+      norms: [B, K, S] float32.
+      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one.
+      scale: finite; usually 1/√D.
+      n_q_heads: H, a multiple of K.
+      n_kv_heads: K.
+      implementation: "numpy" or None.
+
+    Returns:
+      [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
+
+    Raises:
+      ValueError: an argument does not fit; nothing is cast, cropped or replaced.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads)
+    checks.check_centroid_values(centroids)
+    batch, heads, length, head_dim = q_rotated.shape
+    groups = heads // n_kv_heads
+    q = q_rotated.astype(np.float32).reshape(batch, n_kv_heads, groups * length, head_dim)
+    table = score_table(centroids)
+
+    bits = magnitude_bits(q)
+    e = exponent(bits, QUERY_LIMIT)
+    with np.errstate(all="ignore"):
+        n = np.rint(np.where((bits < INFINITY_BITS)[..., None], q * power_of_two(-e)[..., None], 0)).astype(np.int32)
+        unit = flush(flush(np.float32(scale)) * table.step)
+        row = np.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), np.float32(np.nan))
+        column = np.where(np.isfinite(norms), flush(norms), np.float32(np.nan))
+        total = _integer_products(n, table.planes, unpack(packed_indices))
+        scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
+    return scores.reshape(batch, heads, length, norms.shape[-1])
+
+
+def attention_scores(query: NDArray, keys: PackedVectors, *, scale: float | None = None) -> NDArray[np.float32]:
+    """scale · ⟨query, k̂⟩ for every packed key, without decompressing it: ⟨q, norm·Rᵀc⟩ = norm·⟨R q, c⟩.
+
+    Args:
+      query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
+      keys: PackedVectors [B, K, S, D], K dividing H.
+      scale: None means 1/√D.
+
+    Returns:
+      [B, H, T, S] float32 in natural units; no mask, no softmax.
+
+    Raises:
+      ValueError: query and keys do not fit each other.
+    """
+    checks.check_attention_scores(query, keys, scale)
+    return fused_qk_scores(
+        rotate(query, keys.quantizer),
+        keys.codes,
+        keys.norms,
+        keys.quantizer.codebook.centroids,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        n_q_heads=query.shape[1],
+        n_kv_heads=keys.codes.shape[1],
+    )
+
+
+def from_dlpack(packed: PackedVectors) -> PackedVectors:
+    """The same vectors as NumPy arrays over the same memory, from any library that speaks DLPack on the CPU."""
+    return packed.map(np.from_dlpack)
+
+
+def _integer_products(n: NDArray[np.int32], planes: NDArray[np.int8], indices: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Σ_d n_d · table[index_d] as float32, [B,K,R,D] × [B,K,S,D] -> [B,K,R,S].
+
+    The float64 products are exact: every partial sum is an integer below 2^53.
+    """
+
+    def product(left, right):
+        return np.matmul(left.astype(np.float64), right[indices].astype(np.float64).swapaxes(-1, -2))
+
+    if len(planes) == 1:
+        return product(n, planes[0]).astype(np.float32)
+    hi, lo = split(n)
+    high = product(hi, planes[0]).astype(np.float32)
+    middle = (product(hi, planes[1]) + product(lo, planes[0])).astype(np.float32)
+    low = product(lo, planes[1]).astype(np.float32)
+    return (high * np.float32(128) + middle) * np.float32(128) + low
+
+
+def _tree_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum over the last axis by halving it, in float32: x[i] + x[i + half], an odd last element carried."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = np.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], axis=-1)
+    return x[..., 0]
+
+
+def _padded_centroids(quantizer: Quantizer) -> NDArray[np.float32]:
+    centroids = quantizer.codebook.centroids
+    return np.pad(centroids, (0, 16 - len(centroids)), mode="edge")

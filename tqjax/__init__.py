@@ -1,0 +1,37 @@
+"""TurboQuant KV-cache attention for JAX: packed 4-bit keys scored without decompressing them.
+
+Letters, shapes and operations are those of `tqcore`; arrays are JAX's.
+"""
+
+import jax
+
+from tqcore import Codebook, PackedVectors, Quantizer, __version__
+from tqjax.ops import (
+    attention_scores,
+    compress,
+    decompress,
+    from_dlpack,
+    fused_qk_scores,
+    load_file,
+    rotate,
+    save_file,
+    unrotate,
+)
+
+jax.tree_util.register_dataclass(PackedVectors, data_fields=["codes", "norms"], meta_fields=["quantizer"])
+
+__all__ = [
+    "Codebook",
+    "PackedVectors",
+    "Quantizer",
+    "__version__",
+    "attention_scores",
+    "compress",
+    "decompress",
+    "from_dlpack",
+    "fused_qk_scores",
+    "load_file",
+    "rotate",
+    "save_file",
+    "unrotate",
+]

@@ -1,0 +1,236 @@
+"""The public operations: check, choose the implementation, call it."""
+
+import functools
+from os import PathLike
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import tqcore
+from tqcore import checks, fixed_point
+from tqcore.quantizer import PackedVectors, Quantizer
+from tqjax import xla
+
+try:
+    from tqjax import pallas_scores
+except ImportError:  # a JAX without Pallas-Triton
+    pallas_scores = None
+
+IMPLEMENTATIONS = ("xla", "pallas_triton")
+
+
+def rotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """y = R x for each vector of x.
+
+    Args:
+      x: [..., D] float32, bfloat16 or float16.
+      quantizer: names R.
+
+    Returns:
+      [..., D] float32.
+
+    Raises:
+      ValueError: x has another dtype, or its last axis is not `quantizer.head_dim`.
+    """
+    checks.check_rotated(x, quantizer)
+    return _rotate(jnp.asarray(x), quantizer)
+
+
+def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """x = Rᵀ y, the inverse of `rotate`; the same arguments, result and errors."""
+    checks.check_rotated(x, quantizer)
+    return _unrotate(jnp.asarray(x), quantizer)
+
+
+def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
+    """Quantises vectors: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+
+    A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
+    counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
+
+    Args:
+      x: [..., S, D] float32, bfloat16 or float16.
+      quantizer: the rotation and the codebook.
+
+    Returns:
+      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+
+    Raises:
+      ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
+
+    Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
+    """
+    checks.check_vectors(x, quantizer)
+    return _compress(jnp.asarray(x), quantizer)
+
+
+def decompress(packed: PackedVectors, *, dtype="float32") -> jax.Array:
+    """x̂ = norm · Rᵀ centroids[index].
+
+    Args:
+      packed: codes [..., S, P], norms [..., S].
+      dtype: float32, bfloat16 or float16.
+
+    Returns:
+      [..., S, D] of `dtype`.
+
+    Raises:
+      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
+    """
+    checks.check_packed("packed", packed)
+    checks.check_dtype(dtype)
+    return _decompress(packed.map(jnp.asarray), checks.dtype_name(dtype))
+
+
+def fused_qk_scores(
+    q_rotated: jax.Array,
+    packed_indices: jax.Array,
+    norms: jax.Array,
+    centroids: jax.Array,
+    scale: float,
+    *,
+    n_q_heads: int,
+    n_kv_heads: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention scores from packed keys: score[b,h,t,s] = scale · norm[b,k,s] · ⟨q[b,h,t], centroids[index[b,k,s]]⟩.
+
+    Query head h reads key head k = h // (H // K). The inner product is an exact sum of integers, and
+    three roundings to float32 follow it (docs/format.md), so every implementation returns the same bits.
+    NaN or infinity in a query makes its row NaN; a norm that is not finite makes its column NaN.
+    Works under `jit`, with `centroids` concrete or traced, and `vmap`. Differentiates as the linear map
+    that it approximates, in float32.
+
+    Args:
+      q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
+      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble.
+      norms: [B, K, S] float32.
+      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one.
+      scale: finite; usually 1/√D. A Python number, also under `jit`.
+      n_q_heads: H, a multiple of K.
+      n_kv_heads: K.
+      implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), or None:
+        pallas_triton on CUDA where it can do the case, xla elsewhere.
+
+    Returns:
+      [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
+
+    Raises:
+      ValueError: an argument does not fit; nothing is cast, cropped or replaced.
+      NotImplementedError: the implementation asked for cannot do this case.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads)
+    _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
+    arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
+    if isinstance(centroids, jax.core.Tracer):
+        words = xla.score_table_words(arrays[3])
+    else:
+        values = np.asarray(centroids)
+        checks.check_centroid_values(values)
+        words = jnp.asarray(fixed_point.score_table(values).words)
+    return _scores(*arrays, words, float(scale), implementation)
+
+
+def attention_scores(query: jax.Array, keys: PackedVectors, *, scale: float | None = None) -> jax.Array:
+    """scale · ⟨query, k̂⟩ for every packed key, without decompressing it: ⟨q, norm·Rᵀc⟩ = norm·⟨R q, c⟩.
+
+    Args:
+      query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
+      keys: PackedVectors [B, K, S, D], K dividing H.
+      scale: None means 1/√D.
+
+    Returns:
+      [B, H, T, S] float32 in natural units; no mask, no softmax.
+
+    Raises:
+      ValueError: query and keys do not fit each other.
+    """
+    checks.check_attention_scores(query, keys, scale)
+    return fused_qk_scores(
+        rotate(query, keys.quantizer),
+        keys.codes,
+        keys.norms,
+        keys.quantizer.codebook.centroids,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        n_q_heads=query.shape[1],
+        n_kv_heads=keys.codes.shape[1],
+    )
+
+
+def from_dlpack(packed: PackedVectors) -> PackedVectors:
+    """The same vectors as JAX arrays over the same memory, from any library that speaks DLPack."""
+    return packed.map(jax.dlpack.from_dlpack)
+
+
+def save_file(packed: PackedVectors | dict[str, PackedVectors], path: str | PathLike) -> None:
+    """Writes packed vectors, or a dict of them by name; see `tqcore.save_file`."""
+    tqcore.save_file(jax.tree.map(np.asarray, packed), path)
+
+
+def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
+    """Reads what `save_file` wrote, onto the default device; see `tqcore.load_file`."""
+    return jax.tree.map(jnp.asarray, tqcore.load_file(path))
+
+
+_rotate = jax.jit(xla.rotate, static_argnums=1)
+_unrotate = jax.jit(xla.unrotate, static_argnums=1)
+_compress = jax.jit(xla.compress, static_argnums=1)
+_decompress = jax.jit(xla.decompress, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _implement(q, codes, norms, words, scale, implementation):
+    """Calls one implementation; `None` and "pallas_triton" choose by the platform that this is lowered for."""
+    batch, heads, length, head_dim = q.shape
+    if 0 in (*q.shape, *codes.shape):
+        return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
+    arrays = q, codes, norms, words
+    plain = functools.partial(xla.fused_qk_scores, scale=scale)
+    able = pallas_scores is not None and head_dim <= pallas_scores.MAX_HEAD_DIM
+    if implementation == "pallas_triton" and not able:
+        raise NotImplementedError(
+            f"'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256, got {head_dim}; 'xla' has no such need."
+        )
+    if implementation == "xla" or not able:
+        return plain(*arrays)
+    compiled = functools.partial(pallas_scores.fused_qk_scores, scale=scale)
+    if implementation is None:
+        return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
+    return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _scores(q, codes, norms, centroids, words, scale, implementation):
+    return _implement(q, codes, norms, words, scale, implementation)
+
+
+def _scores_forward(q, codes, norms, centroids, words, scale, implementation):
+    return _implement(q, codes, norms, words, scale, implementation), (q, codes, norms, centroids, words)
+
+
+def _scores_backward(scale, implementation, saved, cotangent):
+    q, codes, norms, centroids, words = saved
+
+    def dense(q, norms, centroids):
+        return xla.dense_scores(q, codes, norms, centroids, scale)
+
+    _, pullback = jax.vjp(dense, q, norms, centroids)
+    of_q, of_norms, of_centroids = pullback(cotangent)
+    nothing = [np.zeros(x.shape, jax.dtypes.float0) for x in (codes, words)]
+    return of_q, nothing[0], of_norms, of_centroids, nothing[1]
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _check_devices(**arrays):
+    """Arrays that JAX would refuse to bring together: those committed to different devices."""
+    devices = {
+        name: ", ".join(sorted(map(str, x.devices())))
+        for name, x in arrays.items()
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+    }
+    checks.check_devices(devices)

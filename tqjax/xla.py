@@ -1,0 +1,159 @@
+"""Every operation in plain JAX: runs on any device, and says in array terms what the kernels do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tqcore import fixed_point
+from tqcore.fixed_point import (
+    ABS_MASK,
+    INFINITY_BITS,
+    LEVEL_LIMIT,
+    MIN_EXPONENT,
+    QUERY_LIMIT,
+    SMALLEST_NORMAL,
+    ScoreTable,
+)
+from tqcore.quantizer import PackedVectors, Quantizer
+from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
+
+
+def rotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+    x = x.astype(jnp.float32)
+    if quantizer.rotation == "hadamard":
+        return hadamard(x * signs(quantizer), jnp) * inverse_sqrt(quantizer.head_dim)
+    return jnp.matmul(x, matrix(quantizer).T, precision=lax.Precision.HIGHEST)
+
+
+def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+    x = x.astype(jnp.float32)
+    if quantizer.rotation == "hadamard":
+        return hadamard(x, jnp) * inverse_sqrt(quantizer.head_dim) * signs(quantizer)
+    return jnp.matmul(x, matrix(quantizer), precision=lax.Precision.HIGHEST)
+
+
+def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
+    x = x.astype(jnp.float32)
+    bits = magnitude_bits(x)
+    finite = bits < INFINITY_BITS
+    usable = finite & (bits >= int(fixed_point.power_of_two(MIN_EXPONENT).view(np.int32)))
+    e = jnp.where(usable, exponent(bits, QUERY_LIMIT), 0)
+    scaled = jnp.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
+    squares = jnp.minimum(scaled * scaled, QUERY_LIMIT**2)  # changes nothing but keeps XLA from fusing them into adds
+    length = jnp.sqrt(_tree_sum(squares))
+    rotated, radius = rotate(scaled, quantizer), jnp.where(usable, length, 1.0)[..., None]
+    above = [rotated > boundary * radius for boundary in quantizer.codebook.boundaries]
+    indices = functools.reduce(jnp.add, above, jnp.uint8(0))
+    codes = (indices[..., 0::2] << 4) | indices[..., 1::2]
+    return PackedVectors(codes, jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer)
+
+
+def decompress(packed: PackedVectors, dtype) -> jax.Array:
+    centroids = _pad(jnp.asarray(packed.quantizer.codebook.centroids))
+    vectors = unrotate(centroids[unpack(packed.codes)], packed.quantizer)
+    return (vectors * packed.norms[..., None]).astype(dtype)
+
+
+def fused_qk_scores(q, codes, norms, words, scale):
+    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words as in ScoreTable -> [B, H, T, S] float32."""
+    batch, heads, length, head_dim = q.shape
+    kv_heads, keys = codes.shape[1:3]
+    q = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
+    planes, step = _unpack_words(words)
+    bits = magnitude_bits(q)
+    e = exponent(bits, QUERY_LIMIT)
+    n = jnp.rint(q * power_of_two(-e)[..., None]).astype(jnp.int32)
+    unit = flush(flush(jnp.float32(scale)) * step)
+    row = jnp.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), jnp.nan)
+    column = jnp.where(jnp.isfinite(norms), flush(norms), jnp.nan)
+    total = _integer_products(split(n), planes, unpack(codes))
+    scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
+    return scores.reshape(batch, heads, length, keys)
+
+
+def dense_scores(q, codes, norms, centroids, scale):
+    """The map that the scores approximate, in float32: what differentiates in their place."""
+    batch, heads, length, head_dim = q.shape
+    kv_heads, keys = codes.shape[1:3]
+    q = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
+    vectors = _pad(centroids)[unpack(codes)] * norms[..., None]
+    scores = jnp.einsum("bkrd,bksd->bkrs", q, vectors, precision=lax.Precision.HIGHEST) * scale
+    return scores.reshape(batch, heads, length, keys)
+
+
+def score_table_words(centroids: jax.Array) -> jax.Array:
+    """`tqcore.fixed_point.score_table(centroids).words` of a traced table: two planes, the first 0 if one will do."""
+    bits = magnitude_bits(centroids)
+    padded = _pad(centroids)
+    e_one, e_two = exponent(bits, LEVEL_LIMIT), exponent(bits, QUERY_LIMIT)
+    levels = padded * power_of_two(-e_one)
+    one_plane = jnp.all(levels == jnp.rint(levels))
+    hi, lo = split(jnp.rint(padded * power_of_two(-e_two)).astype(jnp.int32))
+    planes = jnp.stack([jnp.where(one_plane, 0, hi), jnp.where(one_plane, levels.astype(jnp.int32), lo)])
+    step = power_of_two(jnp.where(one_plane, e_one, e_two))
+    levels = lax.bitcast_convert_type(planes.astype(jnp.int8).reshape(8, 4), jnp.int32)
+    return jnp.append(levels, lax.bitcast_convert_type(step, jnp.int32))
+
+
+def unpack(codes: jax.Array) -> jax.Array:
+    """[..., D/2] bytes -> [..., D] indices."""
+    return jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def magnitude_bits(x: jax.Array) -> jax.Array:
+    return jnp.max(lax.bitcast_convert_type(x, jnp.int32) & ABS_MASK, axis=-1, initial=0)
+
+
+def exponent(bits: jax.Array, limit: int) -> jax.Array:
+    carry, bias = fixed_point.exponent_bias(limit)
+    return jnp.maximum(((jnp.minimum(bits, INFINITY_BITS) + carry) >> 23) - bias, MIN_EXPONENT)
+
+
+def power_of_two(e: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type((e + 127) << 23, jnp.float32)
+
+
+def split(n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hi = (n + 64) >> 7
+    return hi, n - 128 * hi
+
+
+def flush(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, jnp.copysign(0.0, x), x)
+
+
+def _integer_products(query_planes, table_planes, indices):
+    """Σ_d n_d · table[index_d] as float32, [B,K,R,D] × [B,K,S,D] -> [B,K,R,S], from int8 products."""
+
+    def product(left, right):
+        keys = right[indices]
+        return jnp.einsum("bkrd,bksd->bkrs", left.astype(jnp.int8), keys, preferred_element_type=jnp.int32)
+
+    hi, lo = query_planes
+    if len(table_planes) == 1:
+        return (product(hi, table_planes[0]) * 128 + product(lo, table_planes[0])).astype(jnp.float32)
+    high = product(hi, table_planes[0]).astype(jnp.float32)
+    middle = (product(hi, table_planes[1]) + product(lo, table_planes[0])).astype(jnp.float32)
+    low = product(lo, table_planes[1]).astype(jnp.float32)
+    return (high * 128.0 + middle) * 128.0 + low
+
+
+def _unpack_words(words):
+    """([1 or 2, 16] int8, step) of `ScoreTable.words`."""
+    levels = lax.bitcast_convert_type(words[:-1], jnp.int8).reshape(-1, 16)
+    return levels, lax.bitcast_convert_type(words[-1], jnp.float32)
+
+
+def _tree_sum(x):
+    """Sum over the last axis in the order of `tqcore.reference`."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = jnp.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], axis=-1)
+    return x[..., 0]
+
+
+def _pad(centroids):
+    return jnp.pad(centroids, (0, ScoreTable.ENTRIES - centroids.shape[0]), mode="edge")
