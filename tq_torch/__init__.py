@@ -1,0 +1,33 @@
+"""TurboQuant KV-cache attention for PyTorch: packed 4-bit keys scored without decompressing them.
+
+Letters, shapes and operations are those of `tqcore`; arrays are torch tensors.
+"""
+
+from tq_torch.ops import (
+    attention_scores,
+    compress,
+    decompress,
+    from_dlpack,
+    fused_qk_scores,
+    load_file,
+    rotate,
+    save_file,
+    unrotate,
+)
+from tqcore import Codebook, PackedVectors, Quantizer, __version__
+
+__all__ = [
+    "Codebook",
+    "PackedVectors",
+    "Quantizer",
+    "__version__",
+    "attention_scores",
+    "compress",
+    "decompress",
+    "from_dlpack",
+    "fused_qk_scores",
+    "load_file",
+    "rotate",
+    "save_file",
+    "unrotate",
+]

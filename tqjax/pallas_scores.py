@@ -11,7 +11,6 @@ Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt
 import functools
 import math
 import warnings
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from tqcore import fixed_point
+from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT, ROUNDER, ROUNDER_BITS, SMALLEST_NORMAL
 
 MAX_HEAD_DIM = 256
@@ -29,66 +28,32 @@ MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays of up to 2^32 bytes by signed
 CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
 NOT_FINITE = 128  # in place of an exponent
 
-# Eight nibbles of $1 through the 16-byte table $2 $6 $10 $14. LOOKUP_FIRST gives the bytes
-# [low 0, high 0, low 1, high 1], LOOKUP_SECOND the same of bytes 2 and 3. A selector takes 8 table bytes;
-# bit 3 of each nibble picks the half. (Pallas takes one result a call; ptxas merges what they share.)
-LOOKUP = """{{
-.reg .b32 select, pick, a, b;
+# The table entries of the high nibbles of four bytes $1 to $0 (LOOKUP_HIGH), or of their low nibbles (LOOKUP_LOW);
+# the 16-byte table is $2 $6 $10 $14. A selector of `prmt` takes 8 table bytes by three bits; the fourth then
+# picks the half. (Pallas takes one result a call; ptxas merges what the two calls share.)
+LOOKUP = """{
+.reg .b32 select, pick, a, b, front, back;
 and.b32 select, $1, 0x77777777;
 shr.u32 pick, $1, 1;
 lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
-{shift}prmt.b32 a, $2, $6, select;
+prmt.b32 a, $2, $6, select;
 prmt.b32 b, $10, $14, select;
-prmt.b32 $0, a, b, pick;
-}}"""
-LOOKUP_FIRST = LOOKUP.format(shift="")
-LOOKUP_SECOND = LOOKUP.format(shift="shr.u32 select, select, 16;\nshr.u32 pick, pick, 16;\n")
+prmt.b32 front, a, b, pick;
+shr.u32 select, select, 16;
+shr.u32 pick, pick, 16;
+prmt.b32 a, $2, $6, select;
+prmt.b32 b, $10, $14, select;
+prmt.b32 back, a, b, pick;
+prmt.b32 $0, front, back, %s;
+}"""
+LOOKUP_HIGH, LOOKUP_LOW = LOOKUP % "0x7531", LOOKUP % "0x6420"
 LOOKUP_CONSTRAINTS = "=r,r" + ",r" * 16
 
 warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated")
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is launched.
-
-    Args:
-      block_r: query rows a program scores, a power of two from 8.
-      block_s: keys a step of the loop reads, a power of two.
-      blocks: steps a program takes.
-      num_warps, num_stages: as in Triton.
-    """
-
-    block_r: int
-    block_s: int
-    blocks: int
-    num_warps: int
-    num_stages: int
-
-
-def default_config(rows: int, head_dim: int) -> Config:
-    """For R rows and D."""
-    block_r = min(32, max(8, pl.next_power_of_2(rows)))
-    block_s = 128 if head_dim <= 128 and block_r <= 16 else 64
-    return Config(block_r, block_s, blocks=1, num_warps=4, num_stages=1)
-
-
-def grid(config: Config, rows: int, keys: int, heads: int) -> tuple[int, int, int]:
-    """(blocks of keys, key heads, blocks of rows)."""
-    return pl.cdiv(keys, config.block_s * config.blocks), heads, pl.cdiv(rows, config.block_r)
-
-
-def _columns(block_p, ptx):
-    """The coordinates that the two operands of `_levels` hold, in their order."""
-    c = jnp.arange(block_p)
-    if ptx:
-        first = 8 * (c // 4) + 2 * (c % 4 // 2) + 1 - c % 2
-        return first, first + 4
-    return 2 * c, 2 * c + 1
-
-
 def _levels(codes, words, ptx):
-    """The int8 table entries of both nibbles of each byte, as two operands shaped like `codes`."""
+    """The int8 table entries of the high and of the low nibble of each byte."""
     if ptx:
         arguments = [codes, *(jnp.broadcast_to(word, codes.shape) for word in words)]
         return tuple(
@@ -96,7 +61,7 @@ def _levels(codes, words, ptx):
                 asm, args=arguments, constraints=LOOKUP_CONSTRAINTS, pack=4,
                 result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int8)],
             )[0]
-            for asm in (LOOKUP_FIRST, LOOKUP_SECOND)
+            for asm in (LOOKUP_HIGH, LOOKUP_LOW)
         )  # fmt: skip
     return _level(codes >> 4, words), _level(codes & 15, words)
 
@@ -124,16 +89,16 @@ def _flush(x):
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
 
 
-def _fixed_point(q_first, q_second):
+def _fixed_point(q_even, q_odd):
     """Rows of floats as integers n times 2^e; e = NOT_FINITE for a row with NaN or infinity."""
-    bits_first = jnp.max(_bits(q_first) & ABS_MASK, axis=1)
-    bits_second = jnp.max(_bits(q_second) & ABS_MASK, axis=1)
-    bits = jnp.minimum(jnp.maximum(bits_first, bits_second), INFINITY_BITS)
+    bits_even = jnp.max(_bits(q_even) & ABS_MASK, axis=1)
+    bits_odd = jnp.max(_bits(q_odd) & ABS_MASK, axis=1)
+    bits = jnp.minimum(jnp.maximum(bits_even, bits_odd), INFINITY_BITS)
     e = jnp.maximum(((bits + CARRY) >> 23) - BIAS, MIN_EXPONENT)
     inverse = _float((127 - e) << 23)[:, None]
-    n_first = _bits(q_first * inverse + ROUNDER) - ROUNDER_BITS
-    n_second = _bits(q_second * inverse + ROUNDER) - ROUNDER_BITS
-    return n_first, n_second, jnp.where(bits < INFINITY_BITS, e, NOT_FINITE)
+    n_even = _bits(q_even * inverse + ROUNDER) - ROUNDER_BITS
+    n_odd = _bits(q_odd * inverse + ROUNDER) - ROUNDER_BITS
+    return n_even, n_odd, jnp.where(bits < INFINITY_BITS, e, NOT_FINITE)
 
 
 def _plane(n, plane):
@@ -142,9 +107,9 @@ def _plane(n, plane):
     return jnp.where(plane == 0, hi, n - 128 * hi).astype(jnp.int8)
 
 
-def _products(levels_first, levels_second, q_first, q_second):
+def _products(levels_even, levels_odd, q_even, q_odd):
     """⟨level, hi⟩ and ⟨level, lo⟩ of every row and key, [block_r, block_s] int32 each."""
-    acc = _dot(q_first, levels_first) + _dot(q_second, levels_second)
+    acc = _dot(q_even, levels_even) + _dot(q_odd, levels_odd)
     return jnp.split(acc, 2)
 
 
@@ -179,12 +144,12 @@ def _scores_kernel(
     # The query rows, twice: their hi planes, then their lo planes.
     i = jnp.arange(2 * block_r)
     row = pl.program_id(2) * block_r + i % block_r
-    first, second = _columns(block_p, ptx)
-    live = row[:, None] < R
-    q_first = plgpu.load(q_ref.at[row[:, None], first[None, :]], mask=live & (first[None, :] < D), other=0.0)
-    q_second = plgpu.load(q_ref.at[row[:, None], second[None, :]], mask=live & (second[None, :] < D), other=0.0)
-    n_first, n_second, e = _fixed_point(q_first.astype(jnp.float32), q_second.astype(jnp.float32))
-    q_first, q_second = _plane(n_first, i[:, None] // block_r), _plane(n_second, i[:, None] // block_r)
+    p = jnp.arange(block_p)
+    live = (row[:, None] < R) & (p[None, :] < D // 2)
+    q_even = plgpu.load(q_ref.at[row[:, None], 2 * p[None, :]], mask=live, other=0.0)
+    q_odd = plgpu.load(q_ref.at[row[:, None], 2 * p[None, :] + 1], mask=live, other=0.0)
+    n_even, n_odd, e = _fixed_point(q_even.astype(jnp.float32), q_odd.astype(jnp.float32))
+    q_even, q_odd = _plane(n_even, i[:, None] // block_r), _plane(n_odd, i[:, None] // block_r)
 
     # unit · 2^e of each row; the two halves of e are alike.
     words = [table_ref[word] for word in range(4 * planes)]
@@ -195,7 +160,6 @@ def _scores_kernel(
     factor = _multiply(unit, jnp.where(e == NOT_FINITE, np.float32(np.nan), power), ptx)
 
     r = pl.program_id(2) * block_r + jnp.arange(block_r)
-    p = jnp.arange(block_p)
     start = pl.program_id(0) * config.blocks * block_s
 
     def score_block(block, carry):
@@ -205,13 +169,13 @@ def _scores_kernel(
         norm = plgpu.load(norms_ref.at[s], mask=inside, other=0.0)
         norm = jnp.where((_bits(norm) & ABS_MASK) < INFINITY_BITS, norm, np.float32(np.nan))
 
-        levels_first, levels_second = _levels(codes, words[:4], ptx)
-        hi, lo = _products(levels_first, levels_second, q_first, q_second)
+        levels_even, levels_odd = _levels(codes, words[:4], ptx)
+        hi, lo = _products(levels_even, levels_odd, q_even, q_odd)
         if planes == 1:
             total = (hi * 128 + lo).astype(jnp.float32)
         else:
-            levels_first, levels_second = _levels(codes, words[4:], ptx)
-            hi_low, lo_low = _products(levels_first, levels_second, q_first, q_second)
+            levels_even, levels_odd = _levels(codes, words[4:], ptx)
+            hi_low, lo_low = _products(levels_even, levels_odd, q_even, q_odd)
             total = hi.astype(jnp.float32) * 128.0 + (hi_low + lo).astype(jnp.float32)
             total = total * 128.0 + lo_low.astype(jnp.float32)
         scores = _multiply(total, _multiply(norm[None, :], factor[:, None], ptx), ptx)
@@ -227,7 +191,7 @@ def fused_qk_scores(q, codes, norms, words, scale, *, interpret=False, config=No
     kv_heads, keys, packed_dim = codes.shape[1:]
     rows, kv = heads // kv_heads * length, batch * kv_heads
     q, codes, norms = q.reshape(kv, rows, head_dim), codes.reshape(kv, keys, packed_dim), norms.reshape(kv, keys)
-    config = config or default_config(rows, head_dim)
+    config = config or tuning.score_config(rows, keys, kv, head_dim)
     call = functools.partial(_call, words=words, scale=scale, interpret=interpret, config=config)
     if MAX_INDEXED_BYTES < math.prod(codes.shape) <= 2 * MAX_INDEXED_BYTES:
         if kv == 1:
@@ -244,12 +208,12 @@ def _call(q, codes, norms, *, words, scale, interpret, config):
     (heads, rows, head_dim), keys = q.shape, norms.shape[1]
     kernel = functools.partial(
         _scores_kernel, scale=scale, planes=words.shape[0] // 4, config=config, ptx=not interpret,
-        block_p=max(32, pl.next_power_of_2(head_dim // 2)),
+        block_p=tuning.packed_block(head_dim),
     )  # fmt: skip
     of_head = lambda *shape: pl.BlockSpec((None, *shape), lambda s, head, r: (head, *(0 for _ in shape)))  # noqa: E731
     return pl.pallas_call(
         kernel,
-        grid=grid(config, rows, keys, heads),
+        grid=config.grid(rows, keys, heads),
         in_specs=[
             of_head(rows, head_dim),
             of_head(keys, codes.shape[2]),

@@ -8,8 +8,6 @@ Equals `tqcore.reference.fused_qk_scores` bit for bit. Its Pallas twin is `tqjax
 Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt`.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
@@ -26,69 +24,30 @@ ROUNDER_BITS = tl.constexpr(fixed_point.ROUNDER_BITS)
 SMALLEST_NORMAL = tl.constexpr(fixed_point.SMALLEST_NORMAL)
 NOT_FINITE = tl.constexpr(128)  # in place of an exponent
 
-# Eight nibbles of $2 through the 16-byte table $3 $7 $11 $15: to $0 the bytes [low 0, high 0, low 1, high 1],
-# to $1 the same of bytes 2 and 3. A selector takes 8 table bytes; bit 3 of each nibble picks the half.
+# The table entries of the high nibbles of four bytes $2 to $0, of their low nibbles to $1; the 16-byte table
+# is $3 $7 $11 $15. A selector of `prmt` takes 8 table bytes by three bits; the fourth then picks the half.
 LOOKUP = tl.constexpr("""{
-.reg .b32 select, pick, a, b;
+.reg .b32 select, pick, a, b, front, back;
 and.b32 select, $2, 0x77777777;
 shr.u32 pick, $2, 1;
 lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
 prmt.b32 a, $3, $7, select;
 prmt.b32 b, $11, $15, select;
-prmt.b32 $0, a, b, pick;
+prmt.b32 front, a, b, pick;
 shr.u32 select, select, 16;
 shr.u32 pick, pick, 16;
 prmt.b32 a, $3, $7, select;
 prmt.b32 b, $11, $15, select;
-prmt.b32 $1, a, b, pick;
+prmt.b32 back, a, b, pick;
+prmt.b32 $0, front, back, 0x7531;
+prmt.b32 $1, front, back, 0x6420;
 }""")
-LOOKUP_CONSTRAINTS = tl.constexpr("=&r,=&r,r" + ",r" * 16)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is launched.
-
-    Args:
-      block_r: query rows a program scores, a power of two from 8.
-      block_s: keys a step of the loop reads, a power of two.
-      blocks: steps a program takes.
-      num_warps, num_stages: as in Triton.
-    """
-
-    block_r: int
-    block_s: int
-    blocks: int
-    num_warps: int
-    num_stages: int
-
-
-def default_config(rows: int, head_dim: int, keys: int, heads: int) -> Config:
-    """For R rows, D, S keys and B·K key heads: enough programs to fill the device, then longer loops."""
-    block_r = min(32, max(8, triton.next_power_of_2(rows)))
-    block_s = 128 if head_dim <= 128 and block_r <= 16 else 64
-    programs = heads * triton.cdiv(rows, block_r) * triton.cdiv(keys, block_s)
-    return Config(block_r, block_s, blocks=max(1, min(8, programs // 1024)), num_warps=4, num_stages=4)
-
-
-def grid(config: Config, rows: int, keys: int, heads: int) -> tuple[int, int, int]:
-    """(blocks of keys, key heads, blocks of rows)."""
-    return triton.cdiv(keys, config.block_s * config.blocks), heads, triton.cdiv(rows, config.block_r)
-
-
-@triton.jit
-def _columns(BLOCK_P: tl.constexpr, PTX: tl.constexpr):
-    """The coordinates that the two operands of `_levels` hold, in their order."""
-    c = tl.arange(0, BLOCK_P)
-    if PTX:
-        first = 8 * (c // 4) + 2 * (c % 4 // 2) + 1 - c % 2
-        return first, first + 4
-    return 2 * c, 2 * c + 1
+LOOKUP_CONSTRAINTS = tl.constexpr("=r,=r,r" + ",r" * 16)
 
 
 @triton.jit
 def _levels(codes, w0, w1, w2, w3, PTX: tl.constexpr):
-    """The int8 table entries of both nibbles of each byte, as two operands shaped like `codes`."""
+    """The int8 table entries of the high and of the low nibble of each byte."""
     if PTX:
         return tl.inline_asm_elementwise(
             LOOKUP, LOOKUP_CONSTRAINTS, [codes, w0, w1, w2, w3], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
@@ -120,16 +79,16 @@ def _flush(x):
 
 
 @triton.jit
-def _fixed_point(q_first, q_second):
+def _fixed_point(q_even, q_odd):
     """Rows of floats as integers n times 2^e; e = NOT_FINITE for a row with NaN or infinity."""
-    bits_first = tl.max(q_first.to(tl.int32, bitcast=True) & ABS_MASK, 1)
-    bits_second = tl.max(q_second.to(tl.int32, bitcast=True) & ABS_MASK, 1)
-    bits = tl.minimum(tl.maximum(bits_first, bits_second), INFINITY_BITS)
+    bits_even = tl.max(q_even.to(tl.int32, bitcast=True) & ABS_MASK, 1)
+    bits_odd = tl.max(q_odd.to(tl.int32, bitcast=True) & ABS_MASK, 1)
+    bits = tl.minimum(tl.maximum(bits_even, bits_odd), INFINITY_BITS)
     e = tl.maximum(((bits + CARRY) >> 23) - BIAS, MIN_EXPONENT)
     inverse = ((127 - e) << 23).to(tl.float32, bitcast=True)[:, None]
-    n_first = (q_first * inverse + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
-    n_second = (q_second * inverse + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
-    return n_first, n_second, tl.where(bits < INFINITY_BITS, e, NOT_FINITE)
+    n_even = (q_even * inverse + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+    n_odd = (q_odd * inverse + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+    return n_even, n_odd, tl.where(bits < INFINITY_BITS, e, NOT_FINITE)
 
 
 @triton.jit
@@ -140,10 +99,10 @@ def _plane(n, plane):
 
 
 @triton.jit
-def _products(levels_first, levels_second, q_first, q_second, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
+def _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
     """⟨level, hi⟩ and ⟨level, lo⟩ of every key and row, [BLOCK_S, BLOCK_R] int32 each."""
-    acc = tl.dot(levels_first, q_first.T, out_dtype=tl.int32)
-    acc = tl.dot(levels_second, q_second.T, acc, out_dtype=tl.int32)
+    acc = tl.dot(levels_even, q_even.T, out_dtype=tl.int32)
+    acc = tl.dot(levels_odd, q_odd.T, acc, out_dtype=tl.int32)
     return tl.split(tl.permute(tl.reshape(acc, [BLOCK_S, 2, BLOCK_R]), [0, 2, 1]))
 
 
@@ -177,13 +136,13 @@ def scores_kernel(
     # The query rows, twice: their hi planes, then their lo planes.
     i = tl.arange(0, 2 * BLOCK_R)
     row = tl.program_id(2) * BLOCK_R + i % BLOCK_R
-    first, second = _columns(BLOCK_P, PTX)
+    p = tl.arange(0, BLOCK_P)
     q_row_ptr = q_ptr + (head.to(tl.int64) * R + row[:, None]) * D
-    live = row[:, None] < R
-    q_first = tl.load(q_row_ptr + first[None, :], mask=live & (first[None, :] < D), other=0.0).to(tl.float32)
-    q_second = tl.load(q_row_ptr + second[None, :], mask=live & (second[None, :] < D), other=0.0).to(tl.float32)
-    n_first, n_second, e = _fixed_point(q_first, q_second)
-    q_first, q_second = _plane(n_first, i[:, None] // BLOCK_R), _plane(n_second, i[:, None] // BLOCK_R)
+    live = (row[:, None] < R) & (p[None, :] < D // 2)
+    q_even = tl.load(q_row_ptr + 2 * p[None, :], mask=live, other=0.0).to(tl.float32)
+    q_odd = tl.load(q_row_ptr + 2 * p[None, :] + 1, mask=live, other=0.0).to(tl.float32)
+    n_even, n_odd, e = _fixed_point(q_even, q_odd)
+    q_even, q_odd = _plane(n_even, i[:, None] // BLOCK_R), _plane(n_odd, i[:, None] // BLOCK_R)
 
     # unit · 2^e of each row; the two halves of e are alike.
     w0, w1, w2, w3 = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
@@ -193,7 +152,6 @@ def scores_kernel(
     factor = _multiply(_multiply(scale, step, PTX), tl.where(e == NOT_FINITE, float("nan"), power), PTX)
 
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    p = tl.arange(0, BLOCK_P)
     codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k
     norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k
     out_row_ptr = out_ptr + (head.to(tl.int64) * R + r[None, :]) * S
@@ -207,15 +165,15 @@ def scores_kernel(
         norm = tl.load(norms_ptr + s, mask=inside, other=0.0)
         norm = tl.where((norm.to(tl.int32, bitcast=True) & ABS_MASK) < INFINITY_BITS, norm, float("nan"))
 
-        levels_first, levels_second = _levels(codes, w0, w1, w2, w3, PTX)
-        hi, lo = _products(levels_first, levels_second, q_first, q_second, BLOCK_S, BLOCK_R)
+        levels_even, levels_odd = _levels(codes, w0, w1, w2, w3, PTX)
+        hi, lo = _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S, BLOCK_R)
         if PLANES == 1:
             total = (hi * 128 + lo).to(tl.float32)
         else:
             w4, w5 = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
             w6, w7 = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
-            levels_first, levels_second = _levels(codes, w4, w5, w6, w7, PTX)
-            hi_low, lo_low = _products(levels_first, levels_second, q_first, q_second, BLOCK_S, BLOCK_R)
+            levels_even, levels_odd = _levels(codes, w4, w5, w6, w7, PTX)
+            hi_low, lo_low = _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S, BLOCK_R)
             total = hi.to(tl.float32) * 128.0 + (hi_low + lo).to(tl.float32)
             total = total * 128.0 + lo_low.to(tl.float32)
         scores = _multiply(total, _multiply(norm[:, None], factor[None, :], PTX), PTX)
