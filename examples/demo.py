@@ -1,158 +1,127 @@
 """A language model's keys in 4 bits: every backend returns the same scores, and what they cost the model.
 
 tqjax compresses the keys and rotates the queries once; every implementation on this device, in NumPy, JAX and
-torch, scores those arrays. Letters as in `tqcore`: H query heads, K key heads, T queries, S keys, D head_dim.
+torch, scores those arrays. Letters as in `tqcore`, with the layers of the model as the batch: B layers,
+H query heads, K key heads, T queries, S keys, D head_dim.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
-from operator import methodcaller
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny_lm
 import torch
+from flax import nnx
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-import tqcore
-import tqjax
+import tqcore.reference
+import tqjax.ops
 
 ON_GPU = torch.cuda.is_available() and jax.default_backend() == "gpu"
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels of tq_torch are defined
     jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
-import tq_torch  # noqa: E402
+import tq_torch.ops  # noqa: E402
 
 HELD_OUT_FILE = "gzip.py"
 HELD_OUT_BYTES = 2**13
-FRAMEWORKS = {  # the package, its implementations, from JAX's array to its own, from its own to NumPy's
-    "numpy": (tqcore, tqcore.reference.IMPLEMENTATIONS, np.asarray, np.asarray),
-    "jax": (tqjax, tqjax.ops.IMPLEMENTATIONS, jnp.asarray, np.asarray),
-    "torch": (tq_torch, tq_torch.ops.IMPLEMENTATIONS, torch.from_dlpack, methodcaller("numpy", force=True)),
-}
-console = Console(highlight=False)
+PACKAGES = (  # a package, its implementations, from JAX's array to its own, from its own to NumPy's
+    (tqcore, tqcore.reference.IMPLEMENTATIONS, np.asarray, np.asarray),
+    (tqjax, tqjax.ops.IMPLEMENTATIONS, jnp.asarray, np.asarray),
+    (tq_torch, tq_torch.ops.IMPLEMENTATIONS, torch.from_dlpack, lambda tensor: tensor.numpy(force=True)),
+)
+COSINE, VARIATION, TOP1 = "cosine of scores", "total variation of softmax", "same top-1 key"
+console = Console(highlight=False, markup=False)
 
 
-class Text(NamedTuple):
-    name: str
-    data: bytes
-
-
-class Layer(NamedTuple):
-    """The float32 queries and keys of one layer, and its keys compressed."""
-
-    q: jax.Array  # [1, H, T, D]
-    k: jax.Array  # [1, K, T, D]
-    keys: tqcore.PackedVectors  # [1, K, T, D]
-
-
-class Fidelity(NamedTuple):
-    """Scores from packed keys beside those from dense keys, [layers, H]: means over the query positions."""
-
-    cosine: NDArray  # of the causal scores
-    variation: NDArray  # total variation between the two softmaxes
-    top1: NDArray  # share of positions whose largest score is at the same key
-
-
-def prompt(path: str) -> Text:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"must be a readable file, got {path}: {error.strerror}") from error
-    if len(data) < 2:
-        raise argparse.ArgumentTypeError(f"must hold at least 2 bytes, got {len(data)} in {path}")
-    return Text(Path(path).name, data)
-
-
-def positions(value: str) -> int:
-    limit = tiny_lm.Config.context
-    if not value.isdecimal() or not 2 <= int(value) <= limit:
-        raise argparse.ArgumentTypeError(f"must be an integer from 2 to {limit}, got {value}")
-    return int(value)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    weights = Path(__file__).with_name("tiny_lm.safetensors")
-    parser.add_argument("--prompt-file", type=prompt, help=f"text to read (default: {HELD_OUT_FILE}, held out)")
-    parser.add_argument("--tokens", type=positions, default=512, help="most bytes of the text, from its start")
-    parser.add_argument("--queries", type=positions, default=512 if ON_GPU else 32, help="last positions to compare")
+def parse_args() -> tuple[argparse.Namespace, bytes]:
+    """The arguments, and the text that they name."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    weights, limit = Path(__file__).with_name("tiny_lm.safetensors"), tiny_lm.Config.context
+    parser.add_argument("--prompt-file", type=Path, help=f"text to read (default: {HELD_OUT_FILE}, held out)")
+    parser.add_argument("--tokens", type=int, default=512, help="most bytes of the text, from its start")
+    parser.add_argument("--queries", type=int, default=512 if ON_GPU else 32, help="last positions to compare")
     parser.add_argument("--weights", type=Path, default=weights, help="safetensors file of tiny_lm.save")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to write")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in filter(None, (args.prompt_file, args.weights)):
+        if not path.is_file():
+            parser.error(f"`--prompt-file` and `--weights` must be files, got {path}")
+    if not args.out.parent.is_dir():
+        parser.error(f"`--out` must lie in a folder that exists, got {args.out}")
+    if not 2 <= args.tokens <= limit or not 1 <= args.queries <= limit:
+        came = f"got {args.tokens} and {args.queries}"
+        parser.error(f"`--tokens` must be from 2 to {limit} and `--queries` from 1 to {limit}, {came}")
+    data = args.prompt_file.read_bytes() if args.prompt_file else dict(tiny_lm.corpus("held_out"))[HELD_OUT_FILE]
+    if len(data) < 2:
+        parser.error(f"`--prompt-file` must hold at least 2 bytes, got {len(data)} in {args.prompt_file}")
+    return args, data[: args.tokens]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Compute
-# ---------------------------------------------------------------------------------------------------
+def read(model: tiny_lm.TinyLM, data: bytes) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, H, T, D] and keys [B, K, T, D] of all layers as the model reads `data`, T = len(data)."""
+    forward = nnx.jit(type(model).__call__, static_argnames="return_qkv")
+    _, qkvs = forward(model, np.frombuffer(data, np.uint8)[None], return_qkv=True)
+    q, k, _ = map(jnp.concatenate, zip(*qkvs, strict=True))
+    return q, k
 
 
-def read(model: tiny_lm.TinyLM, data: bytes) -> list[Layer]:
-    """The queries and keys of every layer as the model reads `data`, T = len(data)."""
-    _, qkvs = model(np.frombuffer(data, np.uint8)[None], return_qkv=True)
-    quantizer = tqjax.Quantizer(model.config.head_dim)
-    return [Layer(q, k, tqjax.compress(k, quantizer)) for q, k, _ in qkvs]
+def score_everywhere(q: jax.Array, keys: tqcore.PackedVectors) -> dict[str, NDArray | NotImplementedError]:
+    """Scores [B, H, T, S] by implementation, all from the same arrays, or why there are none."""
+    centroids = jnp.asarray(keys.quantizer.codebook.centroids)
+    arrays = tqjax.rotate(q, keys.quantizer), keys.codes, keys.norms, centroids
+    heads = {"n_q_heads": q.shape[1], "n_kv_heads": keys.shape[1]}
+    jobs = [(package, name, *convert) for package, names, *convert in PACKAGES for name in names]
+    results = {}
+    for package, implementation, receive, to_numpy in track(jobs, "scoring", console=console, transient=True):
+        name = f"{package.__name__} {implementation}"
+        own = map(receive, arrays)
+        try:
+            scores = package.fused_qk_scores(*own, q.shape[-1] ** -0.5, **heads, implementation=implementation)
+            results[name] = to_numpy(scores)
+        except NotImplementedError as error:
+            results[name] = error
+    return results
 
 
-def score_everywhere(layer: Layer, queries: int) -> Iterator[tuple[str, NDArray | NotImplementedError]]:
-    """(backend, scores [1, H, queries, S] or why there are none) for each implementation, from the same arrays."""
-    quantizer = layer.keys.quantizer
-    q = tqjax.rotate(layer.q[:, :, -queries:], quantizer)
-    arrays = q, layer.keys.codes, layer.keys.norms, jnp.asarray(quantizer.codebook.centroids)
-    heads = {"n_q_heads": q.shape[1], "n_kv_heads": layer.keys.shape[1]}
-    for framework, (package, implementations, receive, to_numpy) in FRAMEWORKS.items():
-        own = [receive(array) for array in arrays]
-        for implementation in implementations:
-            try:
-                scores = package.fused_qk_scores(*own, q.shape[-1] ** -0.5, **heads, implementation=implementation)
-                yield f"{framework} {implementation}", to_numpy(scores)
-            except NotImplementedError as error:
-                yield f"{framework} {implementation}", error
+def dense_scores(q: jax.Array, k: jax.Array) -> NDArray:
+    """Scores from float32 keys, [B, H, T, D] and [B, K, S, D] -> [B, H, T, S]."""
+    grouped = np.asarray(k).repeat(q.shape[1] // k.shape[1], axis=1)
+    return np.asarray(q) @ grouped.swapaxes(2, 3) * q.shape[-1] ** -0.5
 
 
-def shares_memory(layer: Layer) -> bool:
-    """Whether torch reads the packed keys where JAX wrote them."""
-    ours, theirs = layer.keys, tq_torch.from_dlpack(layer.keys)
-    return (ours.codes.unsafe_buffer_pointer(), ours.norms.unsafe_buffer_pointer()) == (
-        theirs.codes.data_ptr(),
-        theirs.norms.data_ptr(),
-    )
+def shares_memory(packed: tqcore.PackedVectors) -> bool:
+    """Whether torch reads the codes at the address where JAX wrote them."""
+    return packed.codes.unsafe_buffer_pointer() == tq_torch.from_dlpack(packed).codes.data_ptr()
 
 
-def dense_and_packed(layer: Layer) -> tuple[NDArray, NDArray]:
-    """Scores of all queries from the float32 keys and from the packed keys, [H, T, T] each."""
-    q, k = np.asarray(layer.q[0]), np.asarray(layer.k[0])
-    k = k.repeat(len(q) // len(k), axis=0)
-    packed = tqjax.attention_scores(layer.q, layer.keys)
-    return q @ k.swapaxes(1, 2) * q.shape[-1] ** -0.5, np.asarray(packed[0])
+def causal_softmax(scores: jax.Array | NDArray) -> jax.Array:
+    """[..., T, T] -> [..., T, T]."""
+    return jax.nn.softmax(scores, where=jnp.tri(scores.shape[-1], dtype=bool))
 
 
-def softmax(scores: NDArray) -> NDArray:
-    """Causal softmax, [H, T, T] -> [H, T, T]."""
-    causal = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
-    weights = np.exp(causal - causal.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
-
-
-def fidelity(layers: list[Layer]) -> Fidelity:
-    rows = []
-    for dense, packed in map(dense_and_packed, layers):
-        a, b = np.tril(dense), np.tril(packed)
-        cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-        a, b = softmax(dense), softmax(packed)
-        rows.append((cosine, np.abs(a - b).sum(-1) / 2, a.argmax(-1) == b.argmax(-1)))
-    return Fidelity(*(np.mean(values, axis=-1) for values in zip(*rows, strict=True)))
+def fidelity(dense: NDArray, packed: NDArray) -> dict[str, NDArray]:
+    """Compares scores [B, H, T, T] under the causal mask: means over the queries, [B, H] each."""
+    a, b = np.tril(dense), np.tril(packed)
+    p, p_packed = np.asarray(causal_softmax(dense)), np.asarray(causal_softmax(packed))
+    cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    return {
+        COSINE: cosine.mean(-1),
+        VARIATION: np.abs(p - p_packed).sum(-1).mean(-1) / 2,
+        TOP1: np.mean(p.argmax(-1) == p_packed.argmax(-1), axis=-1),
+    }
 
 
 def packed_attention(*, pack_values: bool) -> tiny_lm.AttentionFn:
@@ -161,128 +130,117 @@ def packed_attention(*, pack_values: bool) -> tiny_lm.AttentionFn:
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         quantizer = tqjax.Quantizer(q.shape[-1])
         scores = tqjax.attention_scores(q, tqjax.compress(k, quantizer))
-        weights = jax.nn.softmax(scores, where=jnp.tri(q.shape[2], dtype=bool))
         v = tqjax.decompress(tqjax.compress(v, quantizer)) if pack_values else v
-        return weights @ v.repeat(q.shape[1] // v.shape[1], axis=1)
+        return causal_softmax(scores) @ v.repeat(q.shape[1] // v.shape[1], axis=1)
 
     return attention
 
 
-ATTENTIONS = {
-    "float32 keys and values": tiny_lm.causal_attention,
-    "4-bit keys": packed_attention(pack_values=False),
-    "4-bit keys and values": packed_attention(pack_values=True),
-}
-
-# ---------------------------------------------------------------------------------------------------
-# Show
-# ---------------------------------------------------------------------------------------------------
-
-
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Prints a table, its first column left-aligned and the others right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="")
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=SIMPLE)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
 
-def show_header(args: argparse.Namespace, text: Text, config: tiny_lm.Config) -> None:
-    device = jax.devices("gpu")[0].device_kind if ON_GPU else "CPU (Pallas and Triton kernels run interpreted)"
+def show_header(args: argparse.Namespace, data: bytes, config: tiny_lm.Config) -> None:
+    device = jax.devices("gpu")[0].device_kind if ON_GPU else "CPU; Pallas and Triton kernels are interpreted"
+    name = args.prompt_file or f"{HELD_OUT_FILE} (Python library, held out of training)"
     versions = ", ".join(f"{name} {version(name)}" for name in ("tqjax", "jax", "torch", "triton", "numpy"))
-    model = f"{config.n_layers} layers, H = {config.n_q_heads}, K = {config.n_kv_heads}, D = {config.head_dim}"
-    console.print(f"model     {args.weights.name}: {model}")
-    console.print(f"text      {text.name}, first {len(text.data)} bytes")
-    console.print(f"device    {device}\nversions  {versions}")
+    shape = f"{config.n_layers} layers, H = {config.n_q_heads}, K = {config.n_kv_heads}, D = {config.head_dim}"
+    console.print(f"model     {args.weights.name}: {shape}\ntext      {name}, {len(data)} bytes")
+    console.print(f"device    {device}\nversions  {versions}\n")
 
 
-def show_exact(layers: list[Layer], queries: int) -> bool:
-    """Prints bytes and bits; returns whether all backends agree in every bit."""
-    console.rule("Exact")
-    dim = layers[0].k.shape[-1]
-    dense = sum(layer.k.astype(jnp.bfloat16).nbytes for layer in layers)
-    packed = sum(layer.keys.nbytes for layer in layers)
-    bytes_rows = [
-        ["bfloat16", f"2·D = {2 * dim}", f"{dense:,}"],
-        ["4 bit", f"D/2 + 4 = {dim // 2 + 4}", f"{packed:,}"],
-        ["ratio", f"{2 * dim / (dim // 2 + 4):.2f}", f"{dense / packed:.2f}"],
+def show_bytes(k: jax.Array, keys: tqcore.PackedVectors) -> None:
+    """Prints what a key takes by the formula, and what the arrays of all layers take."""
+    dim, dense = k.shape[-1], k.astype(jnp.bfloat16)
+    rows = [
+        ["bfloat16", f"2·D = {2 * dim}", f"{dense.nbytes:,}"],
+        ["4 bit", f"D/2 + 4 = {dim // 2 + 4}", f"{keys.nbytes:,}"],
+        ["ratio", f"{2 * dim / (dim // 2 + 4):.2f}", f"{dense.nbytes / keys.nbytes:.2f}"],
     ]
-    show("Bytes", ["keys", "per key", "all layers, .nbytes"], bytes_rows)
-
-    scores: dict[str, list[NDArray]] = {}
-    refusals: dict[str, NotImplementedError] = {}
-    with console.status("") as status:
-        for index, layer in enumerate(layers):
-            for name, result in score_everywhere(layer, queries):
-                status.update(f"layer {index + 1} of {len(layers)}: {name} done")
-                if isinstance(result, NotImplementedError):
-                    refusals[name] = result
-                else:
-                    scores.setdefault(name, []).append(result)
-    bits = [np.stack(arrays).view(np.int32) for arrays in scores.values()]
-    counts = np.array([[np.count_nonzero(a != b) for b in bits] for a in bits])
-    cells = [["equal" if count == 0 else f"{count:,} differ" for count in row] for row in counts]
-    rows = [[name, *row] for name, row in zip(scores, cells, strict=True)]
-    shape = " × ".join(map(str, (len(layers), *bits[0].shape[2:])))
-    show(f"Scores, bit for bit: layers × H × T × S = {shape} = {bits[0].size:,} a backend", ["", *scores], rows)
-    for name, reason in refusals.items():
-        console.print(f"{name}: {reason}")
-    same = all(map(shares_memory, layers))
-    console.print(f"torch reads the packed keys at JAX's addresses (DLPack): {'yes' if same else 'no'}")
-    return not counts.any()
+    show("Bytes of the keys", ["", "per key", ".nbytes of all layers"], rows)
 
 
-def show_measured(model: tiny_lm.TinyLM, measured: Fidelity) -> None:
-    """Prints what 4-bit keys change: scores and softmax per layer, bits per byte of the model."""
-    console.rule("Measured")
-    rows = [[str(i), *(f"{value.mean():.4f}" for value in layer)] for i, layer in enumerate(zip(*measured, strict=True))]
-    header = ["layer", "cosine of scores", "total variation of softmax", "same top-1 key"]
-    show("Packed against float32 keys, means over heads and query positions", header, rows)
-    losses = {}
-    for name, attention in ATTENTIONS.items():
-        with console.status(f"reading {HELD_OUT_BYTES:,} held-out bytes: {name}"):
-            losses[name] = tiny_lm.bits_per_byte(model, max_bytes=HELD_OUT_BYTES, attention=attention)
-    dense = losses["float32 keys and values"]
-    rows = [[name, f"{loss:.4f}", f"{loss - dense:+.4f}"] for name, loss in losses.items()]
-    show(f"Model, {HELD_OUT_BYTES:,} held-out bytes", ["attention reads", "bits per byte", "change"], rows)
+def show_bits(results: dict[str, NDArray | NotImplementedError]) -> bool:
+    """Prints how many scores differ for each pair of implementations; returns whether none does."""
+    bits = {name: x.view(np.int32) for name, x in results.items() if isinstance(x, np.ndarray)}
+    counts = [[np.count_nonzero(a != b) for b in bits.values()] for a in bits.values()]
+    rows = [[name, *(f"{n:,} differ" if n else "equal" for n in row)] for name, row in zip(bits, counts, strict=True)]
+    layers, heads, queries, keys = bits["tqcore numpy"].shape
+    count = layers * heads * queries * keys
+    title = f"Bits of the scores: {layers} layers · {heads} heads · {queries} queries · {keys} keys = {count:,}"
+    show(title, ["", *(name.replace(" ", "\n") for name in bits)], rows)
+    for name, result in results.items():
+        if name not in bits:
+            console.print(f"  {name}: {result}")
+    return not np.any(counts)
 
 
-def draw(layers: list[Layer], measured: Fidelity, text: Text, path: Path) -> None:
-    """Writes the attention of the head with the largest total variation, and each head's fidelity."""
-    layer, head = np.unravel_index(measured.variation.argmax(), measured.variation.shape)
-    causal = np.tri(len(text.data), dtype=bool)
-    maps = [np.where(causal, softmax(scores)[head], np.nan) for scores in dense_and_packed(layers[layer])]
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    axes = figure.subplot_mosaic([["dense", "packed", "cosine"], ["dense", "packed", "variation"]], width_ratios=[3, 3, 2])
-    for name, title, weights in zip(("dense", "packed"), ("float32 keys", "4-bit keys"), maps, strict=True):
-        image = axes[name].imshow(weights, norm=LogNorm(1e-4, 1, clip=True), cmap="magma_r")
-        axes[name].set(title=title, xlabel="key position")
-    axes["dense"].set_ylabel("query position")
-    figure.colorbar(image, ax=[axes["dense"], axes["packed"]], label="attention weight", shrink=0.8)
-    for name, label in (("cosine", "cosine of scores"), ("variation", "total variation")):
-        values = getattr(measured, name)
-        axes[name].plot(values, "o", color="tab:gray", alpha=0.5)
-        axes[name].plot(values.mean(-1), "k_", markersize=24)
-        axes[name].set(title=label, xlabel="layer", xticks=range(len(layers)))
-    figure.suptitle(f"layer {layer}, head {head}")
-    figure.savefig(path, dpi=100)
+def show_fidelity(measured: dict[str, NDArray]) -> None:
+    means = np.stack([values.mean(-1) for values in measured.values()], axis=-1)
+    rows = [[str(layer), *(f"{mean:.4f}" for mean in row)] for layer, row in enumerate(means)]
+    show("Packed keys against float32 keys: means over heads and queries", ["layer", *measured], rows)
+
+
+def show_bits_per_byte(model: tiny_lm.TinyLM) -> None:
+    attentions = {
+        "float32 keys and values": tiny_lm.causal_attention,
+        "4-bit keys": packed_attention(pack_values=False),
+        "4-bit keys and values": packed_attention(pack_values=True),
+    }
+    bits = [
+        tiny_lm.bits_per_byte(model, max_bytes=HELD_OUT_BYTES, attention=attention)
+        for attention in track(attentions.values(), "reading held-out text", console=console, transient=True)
+    ]
+    rows = [[name, f"{x:.4f}", f"{x - bits[0]:+.4f}"] for name, x in zip(attentions, bits, strict=True)]
+    show(f"The model on {HELD_OUT_BYTES:,} held-out bytes", ["attention reads", "bits per byte", "change"], rows)
+
+
+def draw(dense: NDArray, packed: NDArray, measured: dict[str, NDArray], path: Path) -> None:
+    """Writes the attention maps of the head with the largest total variation beside the fidelity of all heads."""
+    layer, head = np.unravel_index(measured[VARIATION].argmax(), measured[VARIATION].shape)
+    figure = Figure(figsize=(11.6, 4.8), layout="constrained")
+    panels = [["float32 keys", "4-bit keys", COSINE], ["float32 keys", "4-bit keys", VARIATION]]
+    axes = figure.subplot_mosaic(panels, width_ratios=[5, 5, 3])
+    for name, scores in (("float32 keys", dense), ("4-bit keys", packed)):
+        image = axes[name].imshow(causal_softmax(scores[layer, head]), norm=LogNorm(1e-4, 1), cmap="magma_r")
+        axes[name].set(title=name, xlabel="key position", ylabel="query position")
+        axes[name].spines[["top", "right"]].set_visible(False)
+    bar = axes["float32 keys"].inset_axes((0.5, 0.9, 0.45, 0.035))
+    figure.colorbar(image, cax=bar, orientation="horizontal", label="attention weight")
+    note = f"{COSINE} {measured[COSINE][layer, head]:.4f}\n{VARIATION} {measured[VARIATION][layer, head]:.3f}"
+    axes["4-bit keys"].text(0.97, 0.95, note, transform=axes["4-bit keys"].transAxes, ha="right", va="top")
+    for name, limits in ((COSINE, (None, 1)), (VARIATION, (0, None))):
+        axes[name].plot(measured[name], "o", color="tab:purple", alpha=0.4, clip_on=False)
+        axes[name].plot(measured[name].mean(-1), "k_", markersize=26)
+        axes[name].set(title=name, xticks=range(len(dense)), xmargin=0.15, ylim=limits)
+    axes[VARIATION].set_xlabel("layer (dot: head, line: mean)")
+    figure.suptitle(f"Attention of layer {layer}, head {head}: of all heads, the one that 4-bit keys change most")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> int:
-    args = parse_args()
-    text = args.prompt_file or Text(HELD_OUT_FILE, dict(tiny_lm.corpus("held_out"))[HELD_OUT_FILE])
-    text = Text(text.name, text.data[: args.tokens])
+    args, data = parse_args()
     model, _ = tiny_lm.load(args.weights)
-    show_header(args, text, model.config)
-    with console.status("reading the text"):
-        layers = read(model, text.data)
-    agree = show_exact(layers, args.queries)
-    measured = fidelity(layers)
-    show_measured(model, measured)
-    draw(layers, measured, text, args.out)
-    console.print(f"picture: {args.out}")
+    show_header(args, data, model.config)
+    q, k = read(model, data)
+    keys = tqjax.compress(k, tqjax.Quantizer(k.shape[-1]))
+    console.rule("Exact")
+    show_bytes(k, keys)
+    agree = show_bits(score_everywhere(q[:, :, -args.queries :], keys))
+    console.print(f"  torch reads the codes where JAX wrote them: {'yes' if shares_memory(keys) else 'no'}")
+    console.rule("Measured on this model and text")
+    dense, packed = dense_scores(q, k), np.asarray(tqjax.attention_scores(q, keys))
+    measured = fidelity(dense, packed)
+    show_fidelity(measured)
+    show_bits_per_byte(model)
+    draw(dense, packed, measured, args.out)
+    console.print(f"picture: {args.out}", soft_wrap=True)
     return 0 if agree else 1
 
 

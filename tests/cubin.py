@@ -12,7 +12,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,10 @@ class Resources:
     cubin_bytes: int
 
 
-def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, **options) -> Any:
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, **options
+) -> Any:
     """`signature` from argument to Triton type; pointers and "i32:16" arguments are taken as multiples of 16."""
-    kernel = JITFunction(kernel.fn)  # also where TRITON_INTERPRET has made it an interpreted function
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(
         fn=kernel,
@@ -53,8 +53,10 @@ def resources(compiled: Any, capability: int) -> Resources:
         path.write_text(compiled.asm["ptx"])
         architecture = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
         said = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(path), "-o", str(path) + ".cubin"],
-            capture_output=True, text=True, check=True,
+            [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", path, "-o", f"{path}.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stderr
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))

@@ -1,6 +1,6 @@
 """Every operation in plain torch: runs on any device, and says in array terms what the kernels do."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -10,6 +10,7 @@ from tqcore.fixed_point import (
     ABS_MASK,
     INFINITY_BITS,
     MIN_EXPONENT,
+    MIN_EXPONENT_BITS,
     QUERY_LIMIT,
     SMALLEST_NORMAL,
     ScoreTable,
@@ -35,13 +36,13 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
     x = x.float()
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
-    usable = finite & (bits >= int(fixed_point.power_of_two(MIN_EXPONENT).view("int32")))
+    usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = torch.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = torch.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
     length = _tree_sum(scaled * scaled).double().sqrt().float()  # torch's float32 root is not always the nearest
     rotated, radius = rotate(scaled, quantizer), torch.where(usable, length, 1.0)[..., None]
     indices = torch.zeros(rotated.shape, dtype=torch.uint8, device=x.device)
-    for boundary in quantizer.codebook.boundaries.tolist():
+    for boundary in boundaries(quantizer):
         indices += rotated > boundary * radius
     codes = (indices[..., 0::2] << 4) | indices[..., 1::2]
     return PackedVectors(codes, torch.where(finite, length * power_of_two(e), float("nan")), quantizer)
@@ -96,6 +97,11 @@ def unpack(codes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.compiler.assume_constant_result
+def boundaries(quantizer: Quantizer) -> tuple[float, ...]:
+    return tuple(quantizer.codebook.boundaries.tolist())
+
+
+@torch.compiler.assume_constant_result
 def centroids(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
     return _constant(quantizer, "centroids", device)
 
@@ -111,7 +117,7 @@ def matrix(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
     return _constant(quantizer, "matrix", device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _constant(quantizer, name, device):
     array = {
         "centroids": lambda: quantizer.codebook.centroids,

@@ -1,6 +1,5 @@
 """The public operations: check, choose the implementation, call it through `torch.library`."""
 
-
 from os import PathLike
 
 import numpy as np
@@ -190,14 +189,14 @@ def _implement(q, codes, norms, centroids, scale, implementation):
     batch, heads, length, head_dim = q.shape
     if 0 in (*q.shape, *codes.shape):
         return q.new_empty(batch, heads, length, codes.shape[2], dtype=torch.float32)
-    able = triton_call is not None and head_dim <= triton_call.MAX_HEAD_DIM and (q.is_cuda or triton_call.INTERPRETED)
-    if implementation == "triton" and not able:
+    kernel = triton_call if triton_call is not None and triton_call.can_do(q) else None
+    if implementation == "triton" and kernel is None:
         raise NotImplementedError(
             "'triton' needs head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the environment, "
             f"got head_dim={head_dim} on {q.device}; 'eager' has no such need."
         )
-    if implementation == "triton" or (implementation is None and able and q.is_cuda):
-        return triton_call.fused_qk_scores(q, codes, norms, words, scale)
+    if kernel is not None and (implementation == "triton" or (implementation is None and q.is_cuda)):
+        return kernel.fused_qk_scores(q, codes, norms, words, scale)
     return eager.fused_qk_scores(q, codes, norms, words, scale)
 
 
@@ -220,9 +219,7 @@ def _backward(ctx, grad):
     return of_q, None, of_norms, of_centroids, None, None
 
 
-torch.library.register_autograd(
-    "tq_torch::fused_qk_scores", _backward, setup_context=_save_for_backward, lib=_library
-)
+torch.library.register_autograd("tq_torch::fused_qk_scores", _backward, setup_context=_save_for_backward, lib=_library)
 
 _WORDS = WeakTensorKeyDictionary()
 

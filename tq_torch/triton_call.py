@@ -1,5 +1,7 @@
 """Launches the Triton kernels of `tqcore.kernels` on torch tensors."""
 
+from typing import Any
+
 import torch
 from triton.runtime.jit import JITFunction
 
@@ -8,7 +10,10 @@ from tqcore.kernels.scores import MAX_HEAD_DIM, scores_kernel
 
 INTERPRETED = not isinstance(scores_kernel, JITFunction)  # TRITON_INTERPRET=1 when the kernel was imported
 
-__all__ = ["INTERPRETED", "MAX_HEAD_DIM", "fused_qk_scores"]
+
+def can_do(q: torch.Tensor) -> bool:
+    """Whether the kernels take queries of this device and head_dim."""
+    return q.shape[-1] <= MAX_HEAD_DIM and (q.is_cuda or INTERPRETED)
 
 
 def fused_qk_scores(
@@ -27,7 +32,8 @@ def fused_qk_scores(
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     norms = norms if norms.stride(2) == 1 else norms.contiguous()
     out = q.new_empty(batch, heads, length, keys, dtype=torch.float32)
-    scores_kernel[config.grid(rows, keys, kv)](
+    launch: Any = scores_kernel[config.grid(rows, keys, kv)]
+    launch(
         q,
         codes,
         norms,

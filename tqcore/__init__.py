@@ -12,7 +12,6 @@ from tqcore.reference import attention_scores, compress, decompress, from_dlpack
 from tqcore.rotation import rotate, unrotate
 from tqcore.version import __version__
 
-
 __all__ = [
     "Codebook",
     "PackedVectors",

@@ -6,7 +6,6 @@ The front-ends call these before they compute; constructors of classes that hold
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 MAX_HEAD_DIM = 1024  # an integer score stays below 2^31, and each of its parts below 2^24
 MAX_CENTROIDS = 16
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -23,17 +23,17 @@ def dtype_name(dtype: Any) -> str:
 
 
 def check_head_dim(head_dim: Any) -> None:
-    if not isinstance(head_dim, Integral) or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+    if not isinstance(head_dim, int | np.integer) or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"`head_dim` must be an even integer from 2 to {MAX_HEAD_DIM}, got {head_dim!r}.")
 
 
 def check_bits(bits: Any) -> None:
-    if not isinstance(bits, Integral) or not 1 <= bits <= 4:
+    if not isinstance(bits, int | np.integer) or not 1 <= bits <= 4:
         raise ValueError(f"`bits` must be 1, 2, 3 or 4, got {bits!r}.")
 
 
 def check_seed(seed: Any) -> None:
-    if not isinstance(seed, Integral) or seed < 0:
+    if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
 
 
@@ -71,7 +71,7 @@ def check_dtype(dtype: Any) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    if not isinstance(scale, Real) or not math.isfinite(scale) or abs(scale) > np.finfo(np.float32).max:
+    if not isinstance(scale, int | float | np.number) or not math.isfinite(scale) or abs(scale) > FLOAT32_MAX:
         raise ValueError(f"`scale` must be a finite number within float32, got {scale!r}.")
 
 
@@ -128,13 +128,10 @@ def check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, 
     check_head_dim(head_dim)
     _check_packed_shapes("packed_indices", packed_indices, "norms", norms, head_dim)
     if not 1 <= centroids.shape[0] <= MAX_CENTROIDS:
-        raise ValueError(
-            f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}."
-        )
+        raise ValueError(f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}.")
     if batch != packed_indices.shape[0]:
         raise ValueError(
-            "`q_rotated` and `packed_indices` must have one batch size, "
-            f"got {batch} and {packed_indices.shape[0]}."
+            f"`q_rotated` and `packed_indices` must have one batch size, got {batch} and {packed_indices.shape[0]}."
         )
     if (heads, packed_indices.shape[1]) != (n_q_heads, n_kv_heads):
         raise ValueError(
@@ -143,8 +140,7 @@ def check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, 
         )
     if n_kv_heads < 1 or n_q_heads % n_kv_heads:
         raise ValueError(
-            "`n_q_heads` must be a multiple of `n_kv_heads`, "
-            f"got n_q_heads={n_q_heads}, n_kv_heads={n_kv_heads}."
+            f"`n_q_heads` must be a multiple of `n_kv_heads`, got n_q_heads={n_q_heads}, n_kv_heads={n_kv_heads}."
         )
     check_scale(scale)
 
@@ -171,8 +167,7 @@ def _check_quantizer(name: str, quantizer: Any) -> None:
 def _check_packed_shapes(codes_name: str, codes: Any, norms_name: str, norms: Any, head_dim: int) -> None:
     if codes.shape[-1] != head_dim // 2:
         raise ValueError(
-            f"the last axis of `{codes_name}` must be head_dim / 2, "
-            f"got shape {list(codes.shape)}, head_dim={head_dim}."
+            f"the last axis of `{codes_name}` must be head_dim / 2, got shape {list(codes.shape)}, head_dim={head_dim}."
         )
     if tuple(norms.shape) != tuple(codes.shape[:-1]):
         raise ValueError(

@@ -12,7 +12,7 @@ Source: Lloyd, "Least squares quantization in PCM", 1982; Zandieh et al., TurboQ
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,6 +200,6 @@ def _frozen(array: NDArray) -> NDArray:
     return array
 
 
-@lru_cache(maxsize=None)
+@cache
 def _solution(head_dim: int, bits: int) -> tuple[int, tuple[int, ...]]:
     return LITERALS.get((head_dim, bits)) or solve_dyadic(head_dim, bits)

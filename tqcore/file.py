@@ -56,16 +56,16 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file, got: {error}.") from error
-    quantizers = json.loads(metadata["quantizers"])
+    quantizers = _read_quantizers(path, metadata["quantizers"])
     wanted = {array for name in quantizers for array in _array_names(name)}
     if wanted != set(arrays):
         raise ValueError(f"{path} must hold the arrays {sorted(wanted)}, got {sorted(arrays)}.")
     packed = {}
-    for name, fields in quantizers.items():
+    for name, quantizer in quantizers.items():
         codes, norms = _array_names(name)
-        packed[name] = PackedVectors(arrays[codes], arrays[norms], Quantizer(**fields))
+        packed[name] = PackedVectors(arrays[codes], arrays[norms], quantizer)
         checks.check_packed(name or "packed", packed[name])
-    return packed[""] if "" in packed else packed
+    return packed.get("", packed)
 
 
 def _array_names(name: str) -> tuple[str, str]:
@@ -79,3 +79,10 @@ def _check_version(path: str | PathLike, metadata: Mapping[str, str]) -> None:
         raise ValueError(
             f"{path} must be of format {FORMAT!r}, version {VERSION!r}, got format {came[0]!r}, version {came[1]!r}."
         )
+
+
+def _read_quantizers(path: str | PathLike, text: str) -> dict[str, Quantizer]:
+    try:
+        return {name: Quantizer(**fields) for name, fields in json.loads(text).items()}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} must describe its quantizers in JSON, got {text!r}.") from error

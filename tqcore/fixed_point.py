@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 QUERY_LIMIT = 16319  # 127·128 + 63: both planes fit int8
 LEVEL_LIMIT = 127
 MIN_EXPONENT = -100  # keeps every power of two and its inverse a normal float32
+MIN_EXPONENT_BITS = (MIN_EXPONENT + 127) << 23  # of 2^MIN_EXPONENT; vectors below it count as zero
 ABS_MASK = 0x7FFFFFFF
 INFINITY_BITS = 0x7F800000  # of a float32; the bits of |x| are at least this where x is not finite
 ROUNDER = 12582912.0  # 1.5·2^23: x + ROUNDER holds rint(x) in its low bits, for |x| < 2^22
@@ -50,7 +51,7 @@ def split(n: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     return hi, n - 128 * hi
 
 
-def flush(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def flush(x: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
     """Subnormals as zeros of their sign: some devices compute so, hence all must."""
     return np.where(np.abs(x) < np.float32(SMALLEST_NORMAL), np.copysign(np.float32(0), x), x)
 
@@ -83,7 +84,7 @@ def score_table(centroids: NDArray[np.float32]) -> ScoreTable:
     e = exponent(bits, LEVEL_LIMIT)
     levels = padded * power_of_two(-e)
     if np.all(levels == np.rint(levels)):
-        return ScoreTable(levels.astype(np.int8)[None], power_of_two(e)[()])
+        return ScoreTable(levels.astype(np.int8)[None], np.float32(power_of_two(e)))
     e = exponent(bits, QUERY_LIMIT)
     hi, lo = split(np.rint(padded * power_of_two(-e)).astype(np.int32))
-    return ScoreTable(np.stack([hi, lo]).astype(np.int8), power_of_two(e)[()])
+    return ScoreTable(np.stack([hi, lo]).astype(np.int8), np.float32(power_of_two(e)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from tqcore import checks
@@ -80,6 +80,6 @@ class PackedVectors:
         return PackedVectors(function(self.codes), function(self.norms), self.quantizer)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _codebook(head_dim: int, bits: int) -> Codebook:
     return Codebook(head_dim, bits)

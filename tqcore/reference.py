@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tqcore import checks
 from tqcore.fixed_point import (
     INFINITY_BITS,
-    MIN_EXPONENT,
+    MIN_EXPONENT_BITS,
     QUERY_LIMIT,
     exponent,
     flush,
@@ -48,7 +48,7 @@ def compress(x: NDArray, quantizer: Quantizer) -> PackedVectors:
     x = x.astype(np.float32)
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
-    usable = finite & (bits >= power_of_two(MIN_EXPONENT).view(np.int32))
+    usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = np.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = np.where(usable[..., None], x, np.float32(0)) * power_of_two(-e)[..., None]
     length = np.sqrt(_tree_sum(scaled * scaled))
@@ -165,7 +165,9 @@ def from_dlpack(packed: PackedVectors) -> PackedVectors:
     return packed.map(np.from_dlpack)
 
 
-def _integer_products(n: NDArray[np.int32], planes: NDArray[np.int8], indices: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _integer_products(
+    n: NDArray[np.int32], planes: NDArray[np.int8], indices: NDArray[np.uint8]
+) -> NDArray[np.float32]:
     """Σ_d n_d · table[index_d] as float32, [B,K,R,D] × [B,K,S,D] -> [B,K,R,S].
 
     The float64 products are exact: every partial sum is an integer below 2^53.

@@ -8,7 +8,7 @@ stream of test data or weights under the same seed is correlated with them. Only
 are used, whose sequence NumPy guarantees.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def inverse_sqrt(head_dim: int) -> np.float32:
     return np.float32(head_dim**-0.5)
 
 
-@lru_cache(maxsize=None)
+@cache
 def signs(quantizer: Quantizer) -> NDArray[np.float32]:
     """[D] of ±1: coordinate i is negated where bit i % 64 of the stream's word i // 64 is set."""
     words = _raw_words(quantizer.seed, -(-quantizer.head_dim // 64))
@@ -81,7 +81,7 @@ def signs(quantizer: Quantizer) -> NDArray[np.float32]:
     return _frozen(np.where(bits, np.float32(-1), np.float32(1)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def matrix(quantizer: Quantizer) -> NDArray[np.float32]:
     """R as [D, D] float32, so that rotate(x) is x @ R.T."""
     head_dim = quantizer.head_dim

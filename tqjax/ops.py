@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from numpy.typing import NDArray
 
 import tqcore
 from tqcore import checks, fixed_point
@@ -88,7 +90,7 @@ def fused_qk_scores(
     q_rotated: jax.Array,
     packed_indices: jax.Array,
     norms: jax.Array,
-    centroids: jax.Array,
+    centroids: jax.Array | NDArray[np.float32],
     scale: float,
     *,
     n_q_heads: int,
@@ -125,7 +127,7 @@ def fused_qk_scores(
     checks.check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads)
     _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
     arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
-    if isinstance(centroids, jax.core.Tracer):
+    if isinstance(centroids, Tracer):
         words = xla.score_table_words(arrays[3])
     else:
         values = np.asarray(centroids)
@@ -189,21 +191,21 @@ def _implement(q, codes, norms, words, scale, implementation):
         return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
     arrays = q, codes, norms, words
     plain = functools.partial(xla.fused_qk_scores, scale=scale)
-    able = pallas_scores is not None and head_dim <= pallas_scores.MAX_HEAD_DIM
-    if implementation == "pallas_triton" and not able:
+    kernel = pallas_scores if pallas_scores is not None and head_dim <= pallas_scores.MAX_HEAD_DIM else None
+    if implementation == "pallas_triton" and kernel is None:
         raise NotImplementedError(
-            f"'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256, got {head_dim}; 'xla' has no such need."
+            "'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256, "
+            f"got head_dim={head_dim}; 'xla' has no such need."
         )
-    if implementation == "xla" or not able:
+    if implementation == "xla" or kernel is None:
         return plain(*arrays)
-    compiled = functools.partial(pallas_scores.fused_qk_scores, scale=scale)
+    compiled = functools.partial(kernel.fused_qk_scores, scale=scale)
     if implementation is None:
         return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
     return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _scores(q, codes, norms, centroids, words, scale, implementation):
+def _scores_primal(q, codes, norms, centroids, words, scale, implementation):
     return _implement(q, codes, norms, words, scale, implementation)
 
 
@@ -223,6 +225,7 @@ def _scores_backward(scale, implementation, saved, cotangent):
     return of_q, nothing[0], of_norms, of_centroids, nothing[1]
 
 
+_scores = jax.custom_vjp(_scores_primal, nondiff_argnums=(5, 6))
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
@@ -231,6 +234,6 @@ def _check_devices(**arrays):
     devices = {
         name: ", ".join(sorted(map(str, x.devices())))
         for name, x in arrays.items()
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
     }
     checks.check_devices(devices)

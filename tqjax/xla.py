@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from tqcore import fixed_point
@@ -13,6 +12,7 @@ from tqcore.fixed_point import (
     INFINITY_BITS,
     LEVEL_LIMIT,
     MIN_EXPONENT,
+    MIN_EXPONENT_BITS,
     QUERY_LIMIT,
     SMALLEST_NORMAL,
     ScoreTable,
@@ -39,7 +39,7 @@ def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
     x = x.astype(jnp.float32)
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
-    usable = finite & (bits >= int(fixed_point.power_of_two(MIN_EXPONENT).view(np.int32)))
+    usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = jnp.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = jnp.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
     squares = jnp.minimum(scaled * scaled, QUERY_LIMIT**2)  # changes nothing but keeps XLA from fusing them into adds

@@ -1,0 +1,47 @@
+# Each target sets up its own virtual environment on first use. PY=/path/to/python runs on an interpreter that
+# already has the packages instead, such as that of a GPU machine without a network.
+
+.PHONY: demo test lint gpu bench clean
+
+ifdef PY
+export PYTHONPATH := $(CURDIR)
+else
+PY = $(VENV)/bin/python
+SETUP = $(VENV)/installed
+endif
+
+demo test lint: VENV = .venv
+gpu bench: VENV = .venv-gpu
+
+.SECONDEXPANSION:
+
+demo: $$(SETUP)  ## a real model's keys, compressed once and scored by both frameworks; CPU
+	$(PY) examples/demo.py $(DEMO)
+
+test: $$(SETUP)  ## the whole suite; kernels interpreted, and compiled without a GPU
+	$(PY) -m pytest -n auto -q
+
+lint: $$(SETUP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+gpu: $$(SETUP)  ## the whole suite on a CUDA device; what is skipped fails
+	$(PY) -m pytest -n 8 -q --require
+
+bench: $$(SETUP)  ## gate, then time; CUDA
+	$(PY) benchmarks/bench.py
+
+.venv/installed: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv-gpu/installed: pyproject.toml
+	python3 -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -e ".[cuda,test]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-gpu demo.png

@@ -1,0 +1,131 @@
+"""Every backend behind one call: Inputs in, a NumPy array out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from cases import Inputs
+
+import tq_torch
+import tqcore
+import tqjax
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one package, called as a user would call it."""
+
+    name: str
+    package: ModuleType
+    implementation: str
+    traced: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def scores(self, inputs: Inputs) -> np.ndarray:
+        """`fused_qk_scores` into memory that held NaN before."""
+        arrays = [to_array(self.package, x) for x in inputs.arrays]
+        shape = (*inputs.q_rotated.shape[:3], inputs.norms.shape[2])
+        function = partial(
+            self.package.fused_qk_scores, scale=inputs.scale, implementation=self.implementation, **inputs.heads
+        )
+        # Triton's interpreter computes in NumPy, which warns where IEEE arithmetic overflows.
+        with POISONED[self.package.__name__](shape), np.errstate(all="ignore"):
+            return to_numpy(jax.jit(function)(*arrays) if self.traced else function(*arrays))
+
+
+BACKENDS = [
+    Backend("tqjax-xla", tqjax, "xla"),
+    Backend("tqjax-xla-traced", tqjax, "xla", traced=True),
+    Backend("tqjax-pallas_triton", tqjax, "pallas_triton"),
+    Backend("tqjax-pallas_triton-traced", tqjax, "pallas_triton", traced=True),
+    Backend("tq_torch-eager", tq_torch, "eager"),
+    Backend("tq_torch-triton", tq_torch, "triton"),
+]
+PACKAGES = [tqcore, tqjax, tq_torch]
+
+
+def to_array(package: ModuleType, x: np.ndarray) -> Any:
+    """A NumPy array as the package's own, on the device under test."""
+    if package is tqcore:
+        return x
+    if package is tqjax:
+        return jnp.asarray(x)
+    if x.dtype.name == "bfloat16":
+        return torch.tensor(x.astype(np.float32), device=DEVICE).bfloat16()
+    return torch.tensor(x, device=DEVICE)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+class _TorchPoison:
+    """torch.empty returns NaN inside."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        pass
+
+    def __enter__(self):
+        self.before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *exception):
+        torch.use_deterministic_algorithms(self.before)
+
+
+class _JaxPoison:
+    """Pallas' interpreter starts outputs from NaN; on a GPU the allocator hands out what just held NaN."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __enter__(self):
+        if CUDA:
+            for _ in range(4):
+                jnp.full(self.shape, jnp.nan, jnp.float32).block_until_ready().delete()
+
+    def __exit__(self, *exception):
+        pass
+
+
+POISONED: dict[str, Callable[[tuple[int, ...]], Any]] = {"tqjax": _JaxPoison, "tq_torch": _TorchPoison}
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
+    """Equal shapes, dtypes and bits, the sign of zero included; any NaN equals any NaN."""
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), f"got {got.shape} {got.dtype}"
+    bits = np.dtype(f"i{got.dtype.itemsize}")
+    same = np.ascontiguousarray(got).view(bits) == np.ascontiguousarray(expected).view(bits)
+    if got.dtype.kind == "f":
+        same |= np.isnan(got) & np.isnan(expected)
+    wrong = np.argwhere(~same)
+    first = tuple(wrong[0]) if len(wrong) else ()
+    assert not len(wrong), (
+        f"{len(wrong)} of {got.size} elements differ, first at {first}: "
+        f"got {got[first]!r}, expected {expected[first]!r}"
+    )
+
+
+def tolerance(dtype: str, head_dim: int) -> float:
+    """Largest relative error of a sum of D products rounded to `dtype`: the one formula for what is not exact."""
+    epsilon = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    return 2 * epsilon * np.log2(2 * head_dim)
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, limit: float) -> None:
+    """‖got - expected‖ ≤ limit · ‖expected‖, both finite."""
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    assert got.shape == expected.shape, f"got {got.shape}, expected {expected.shape}"
+    error, size = np.linalg.norm(got - expected), np.linalg.norm(expected)
+    assert np.isfinite(error) and error <= limit * size, f"relative error {error / size:.3g} exceeds {limit:.3g}"

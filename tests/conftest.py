@@ -1,0 +1,49 @@
+"""Sets up the backends before anything imports them, and counts what was skipped."""
+
+import os
+
+import pytest
+import torch
+
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic torch asks for
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require", action="store_true", help="a skipped test is a failed one")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and item.config.getoption("--require"):
+        report.outcome, report.longrepr = "failed", f"skipped under --require: {report.longrepr[2]}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    resources = [value for report in reports for key, value in report.user_properties if key == "resources"]
+    if resources:
+        terminalreporter.section("registers, spills and shared memory of every kernel (ptxas)")
+        for line in sorted(resources):
+            terminalreporter.write_line(line)
+    for report in terminalreporter.stats.get("skipped", []):
+        terminalreporter.write_line(f"skipped: {report.nodeid}: {report.longrepr[2]}")

@@ -1,0 +1,116 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100, here and now, with no GPU; the main ones spill nothing."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cubin import compile_kernel, compile_ttir, pallas_ttir, resources
+
+from tqcore import tuning
+from tqcore.kernels.scores import scores_kernel
+from tqjax import pallas_scores
+
+CAPABILITIES = [80, 90, 100]
+SHAPES = [
+    # head_dim, planes, rows, query dtype
+    (128, 1, 4, "fp32"),
+    (128, 1, 4, "bf16"),
+    (128, 1, 16, "fp32"),
+    (128, 1, 68, "fp32"),
+    (128, 2, 4, "fp32"),
+    (64, 1, 4, "fp32"),
+    (80, 1, 4, "fp16"),
+    (256, 1, 4, "fp32"),
+    (256, 2, 68, "fp32"),
+]
+KEYS, HEADS = 4096, 16
+SIGNATURE = {
+    "q_ptr": "*fp32",
+    "codes_ptr": "*u8",
+    "norms_ptr": "*fp32",
+    "table_ptr": "*i32",
+    "scale": "fp32",
+    "out_ptr": "*fp32",
+    "codes_stride_b": "i32:16",
+    "codes_stride_k": "i32:16",
+    "norms_stride_b": "i32:16",
+    "norms_stride_k": "i32:16",
+    "K": "i32",
+    "R": "i32",
+    "S": "i32:16",
+    "blocks": "i32",
+}
+
+
+def triton_kernel(head_dim, planes, rows, dtype, capability, **options):
+    config = tuning.score_config(rows, KEYS, HEADS, head_dim)
+    constants = {
+        "CODES_STRIDE_S": head_dim // 2,
+        "D": head_dim,
+        "PLANES": planes,
+        "BLOCK_R": config.block_r,
+        "BLOCK_S": config.block_s,
+        "BLOCK_P": tuning.packed_block(head_dim),
+        "PTX": True,
+    }
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+    signature = SIGNATURE | {"q_ptr": f"*{dtype}"}
+    return compile_kernel(scores_kernel, signature, constants, capability, **options)
+
+
+def pallas_kernel(head_dim, planes, rows, dtype, capability):
+    def scores(q, codes, norms, words):
+        return pallas_scores.fused_qk_scores(q, codes, norms, words, head_dim**-0.5)
+
+    dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[dtype]
+    shapes = [
+        jax.ShapeDtypeStruct((2, 8 * rows, 1, head_dim), dtype),
+        jax.ShapeDtypeStruct((2, 8, KEYS, head_dim // 2), jnp.uint8),
+        jax.ShapeDtypeStruct((2, 8, KEYS), jnp.float32),
+        jax.ShapeDtypeStruct((4 * planes + 1,), jnp.int32),
+    ]
+    ((text, num_warps, num_stages),) = pallas_ttir(scores, *shapes)
+    return compile_ttir(text, capability, num_warps=num_warps, num_stages=num_stages)
+
+
+def compile_and_measure(kernel, shape, capability, options):
+    """(Resources, PTX) of one kernel."""
+    compiled = kernel(*shape, capability, **options)
+    return resources(compiled, capability), compiled.asm["ptx"]
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """A process of its own: where TRITON_INTERPRET is set, Triton's functions are not compilable."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+        yield lambda *arguments, **options: pool.submit(compile_and_measure, *arguments, options).result()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", [triton_kernel, pallas_kernel], ids=lambda kernel: kernel.__name__)
+def test_compiles(compiler, kernel, shape, capability, record_property):
+    taken, ptx = compiler(kernel, shape, capability)
+    head_dim, planes, rows, dtype = shape
+    record_property(
+        "resources",
+        f"{kernel.__name__:<14} sm_{capability:<4} D={head_dim:<4} planes={planes} rows={rows:<3} {dtype}: "
+        f"{taken.registers:>3} registers, {taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
+    )
+    assert taken.cubin_bytes > 0 and taken.registers > 0
+    assert "prmt.b32" in ptx and "mul.rn.ftz.f32" in ptx
+    if head_dim == 128 and planes == 1:
+        assert taken.spill_bytes == 0
+
+
+def test_spills_are_seen(compiler):
+    """A kernel held to 32 registers spills, and `resources` says so."""
+    taken, _ = compiler(triton_kernel, (128, 2, 68, "fp32"), 80, maxnreg=32)
+    assert taken.registers <= 32 and taken.spill_bytes > 0

@@ -1,0 +1,139 @@
+"""Exact: the bytes of format version 1, as docs/format.md gives them."""
+
+import hashlib
+import json
+import struct
+
+import numpy as np
+import pytest
+from backends import PACKAGES, assert_same_bits, to_array, to_numpy
+
+import tqcore
+from tqcore import fixed_point, rotation
+from tqcore.quantizer import PackedVectors, Quantizer
+
+# Vectors that anyone can write down: x[i, j] = ((37·(128·i + j)) mod 101 - 50) / 16.
+GOLDEN_X = (((np.arange(3 * 128).reshape(3, 128) * 37) % 101) - 50).astype(np.float32) / 16
+GOLDEN_CODES = (
+    "9e5269c78a5d44bd47b358629c678ab85555c85b88b1f6b769b4db78f8763c49"
+    "db8c3988cc556d66a9c91ca96898b95db79c488bc386c8b803952c238d7c54c5"
+)
+GOLDEN_NORMS = [1101336799, 1101354601, 1101330792]  # bits of float32
+GOLDEN_SIGNS = {0: "5115e2b0b89e9f5c1cd4d27246924df2", 1: "bb93e49446eb848d176e0a6110d71084"}
+GOLDEN_SHA = {1: "b4b4dfb16db4c623", 2: "3ab6ea3600f7c39c", 3: "4f8ac344fa251f41", 4: "9731d8e08201cc60"}
+GOLDEN_SCORES = [1108681584, 1097065472, -1075309581]  # of query GOLDEN_X[0] against the three keys
+GOLDEN_HAAR = [
+    [-0.1798556, 0.6528863, 0.10558615, -0.61805755, 0.3165511, -0.21918789],
+    [-0.46875703, -0.23153086, -0.43046853, -0.066215, -0.25116476, -0.6883959],
+]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_golden_codes_and_norms(package):
+    packed = package.compress(to_array(package, GOLDEN_X), Quantizer(128)).map(to_numpy)
+    assert packed.codes[0].tobytes().hex() == GOLDEN_CODES
+    assert packed.norms.view(np.int32).tolist() == GOLDEN_NORMS
+    for bits, digest in GOLDEN_SHA.items():
+        codes = to_numpy(package.compress(to_array(package, GOLDEN_X), Quantizer(128, bits)).codes)
+        assert hashlib.sha256(codes.tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_golden_scores(package):
+    packed = tqcore.compress(GOLDEN_X[None, None], Quantizer(128)).map(lambda x: to_array(package, x))
+    centroids = to_array(package, Quantizer(128).codebook.centroids)
+    query = to_array(package, tqcore.rotate(GOLDEN_X[None, None, :1], Quantizer(128)))
+    scores = package.fused_qk_scores(query, packed.codes, packed.norms, centroids, 128**-0.5, n_q_heads=1, n_kv_heads=1)
+    assert to_numpy(scores).view(np.int32).ravel().tolist() == GOLDEN_SCORES
+
+
+def test_golden_rotations():
+    for seed, bits in GOLDEN_SIGNS.items():
+        signs = rotation.signs(Quantizer(128, seed=seed))
+        assert np.packbits(signs < 0, bitorder="little").tobytes().hex() == bits
+    np.testing.assert_allclose(rotation.matrix(Quantizer(6))[:2], GOLDEN_HAAR, atol=1e-6)
+
+
+def test_golden_table_words():
+    dyadic = fixed_point.score_table(Quantizer(128).codebook.centroids)
+    levels = np.array([-122, -93, -73, -57, -43, -30, -18, -6, 6, 18, 30, 43, 57, 73, 93, 122], np.int8)
+    assert dyadic.words.tobytes() == levels.tobytes() + struct.pack("<f", 2.0**-9)
+    free = fixed_point.score_table(np.array([-1.0, 0.3], np.float32))
+    assert free.step == 2.0**-13 and free.planes[:, 0].tolist() == [-64, 0]
+    assert free.planes[:, 1:].tolist() == [[19] * 15, [26] * 15]  # rint(0.3·2^13) = 2458 = 128·19 + 26
+
+
+def test_file_is_safetensors_with_the_quantizer_in_its_metadata(tmp_path):
+    packed = tqcore.compress(GOLDEN_X, Quantizer(128, 3, seed=5))
+    tqcore.save_file(packed, tmp_path / "keys.safetensors")
+    raw = (tmp_path / "keys.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    assert header["__metadata__"]["format"] == "turboquant" and header["__metadata__"]["version"] == "1"
+    assert json.loads(header["__metadata__"]["quantizers"]) == {
+        "": {"head_dim": 128, "bits": 3, "rotation": "hadamard", "seed": 5}
+    }
+    for name, array in (("codes", packed.codes), ("norms", packed.norms)):
+        start, stop = header[name]["data_offsets"]
+        assert data[start:stop] == array.tobytes() and header[name]["shape"] == list(array.shape)
+
+
+@pytest.mark.parametrize("writer", PACKAGES, ids=lambda package: package.__name__)
+@pytest.mark.parametrize("reader", PACKAGES, ids=lambda package: package.__name__)
+def test_file_written_by_any_is_read_by_any(writer, reader, tmp_path):
+    packed = tqcore.compress(GOLDEN_X, Quantizer(128))
+    named = {"layer 0": packed, "layer 1": tqcore.compress(GOLDEN_X[:, :96], Quantizer(96, 2))}
+    theirs = {name: vectors.map(lambda x: to_array(writer, x)) for name, vectors in named.items()}
+    writer.save_file(theirs, tmp_path / "many")
+    writer.save_file(theirs["layer 0"], tmp_path / "one")
+    many, one = reader.load_file(tmp_path / "many"), reader.load_file(tmp_path / "one")
+    for got, expected in [(many[name], named[name]) for name in named] + [(one, packed)]:
+        assert isinstance(got, PackedVectors) and got.quantizer == expected.quantizer
+        assert_same_bits(to_numpy(got.codes), expected.codes)
+        assert_same_bits(to_numpy(got.norms), expected.norms)
+
+
+def rewrite(path, change):
+    """Rewrites the header of a safetensors file."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_bad_files_are_refused(package, tmp_path):
+    path = tmp_path / "keys"
+
+    def written():
+        tqcore.save_file(tqcore.compress(GOLDEN_X, Quantizer(128)), path)
+        return path
+
+    rewrite(written(), lambda header: header["__metadata__"].update(version="2"))
+    with pytest.raises(ValueError, match="must be of format 'turboquant', version '1', got .* version '2'"):
+        package.load_file(path)
+    rewrite(written(), lambda header: header.pop("__metadata__"))
+    with pytest.raises(ValueError, match="got format None, version None"):
+        package.load_file(path)
+    rewrite(written(), lambda header: header.update(norm=header.pop("norms")))
+    with pytest.raises(ValueError, match=r"must hold the arrays \['codes', 'norms'\], got \['codes', 'norm'\]"):
+        package.load_file(path)
+    rewrite(written(), lambda header: header["codes"].update(shape=[64, 3]))
+    with pytest.raises(ValueError, match=r"the last axis of `packed.codes` must be head_dim / 2, got shape \[64, 3\]"):
+        package.load_file(path)
+    rewrite(written(), lambda header: header["__metadata__"].update(quantizers='{"": {"head_dim": 127}}'))
+    with pytest.raises(ValueError, match="`head_dim` must be an even integer from 2 to 1024, got 127"):
+        package.load_file(path)
+    rewrite(written(), lambda header: header["__metadata__"].update(quantizers='["", {"bits": 4}]'))
+    with pytest.raises(ValueError, match="must describe its quantizers"):
+        package.load_file(path)
+    path.write_bytes(written().read_bytes()[:-1])
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        package.load_file(path)
+    path.write_bytes(b"not a file of ours")
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        package.load_file(path)
+    with pytest.raises(ValueError, match="names of packed vectors must not be empty"):
+        package.save_file({"": package.load_file(written())}, path)

@@ -1,0 +1,99 @@
+"""The house: what imports what, one face for three packages, budgets."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tq_torch
+import tqcore
+import tqjax
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for package in ("tqcore", "tqjax", "tq_torch") for path in (ROOT / package).rglob("*.py"))
+ISOLATION = {
+    "tqcore": ["jax", "torch", "triton", "flax", "safetensors", "transformers", "tqjax", "tq_torch"],
+    "tqjax": ["torch", "triton", "flax", "safetensors", "transformers", "tq_torch"],
+    "tq_torch": ["jax", "jaxlib", "flax", "safetensors", "transformers", "tqjax"],
+}
+HOMES = {
+    "safetensors": {"tqcore/file.py"},
+    "triton": {"tqcore/kernels/scores.py", "tq_torch/triton_call.py"},
+}
+
+
+@pytest.mark.parametrize("package", ISOLATION)
+def test_imports_alone(package):
+    code = f"import sys, {package}; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(ISOLATION[package]).isdisjoint(modules.stdout.split())
+
+
+def test_isolation_can_fail():
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, torch; print(*sys.modules)"], capture_output=True, text=True
+    )
+    assert "torch" in loaded.stdout.split()
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_optional_packages_have_one_home():
+    for package, homes in HOMES.items():
+        assert {str(path.relative_to(ROOT)) for path in SOURCES if package in imported(path)} == homes
+
+
+def test_layers():
+    for path in SOURCES:
+        layer, names = path.relative_to(ROOT).parts[0], set(imported(path))
+        forbidden = {
+            "tqcore": {"tqjax", "tq_torch", "jax", "torch"},
+            "tqjax": {"tq_torch", "torch"},
+            "tq_torch": {"tqjax", "jax"},
+        }
+        assert names.isdisjoint(forbidden[layer]), path
+
+
+def test_one_face():
+    assert tqcore.__all__ == tqjax.__all__ == tq_torch.__all__
+    for name in tqcore.__all__:
+        ours = getattr(tqcore, name)
+        for package in (tqjax, tq_torch):
+            theirs = getattr(package, name)
+            if inspect.isfunction(ours):
+                plain = [
+                    [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+                    for f in (ours, theirs)
+                ]
+                assert plain[0] == plain[1], name
+                assert theirs.__doc__, name
+            else:
+                assert theirs is ours
+
+
+def test_docstrings_tell_arguments_results_and_errors():
+    for package in (tqcore, tqjax, tq_torch):
+        for name in ("compress", "decompress", "fused_qk_scores", "attention_scores", "rotate"):
+            doc = getattr(package, name).__doc__
+            assert all(section in doc for section in ("Args:", "Returns:", "Raises:")), (package, name)
+
+
+def test_budgets():
+    """Files of at most 500 lines, functions of 60, kernels of 120."""
+    for path in SOURCES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= (120 if node.name.endswith("_kernel") else 60), (path, node.name, length)
