@@ -66,6 +66,13 @@ def to_array(package: ModuleType, x: np.ndarray) -> Any:
     return torch.tensor(x, device=DEVICE)
 
 
+def cpu_array(package: ModuleType, x: np.ndarray) -> Any:
+    """A NumPy array as the package's own, on the CPU: where encoders and rotations promise bits."""
+    if package is tqjax:
+        return jax.device_put(x, jax.devices("cpu")[0])
+    return torch.from_numpy(x) if package is tq_torch else x
+
+
 def to_numpy(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 

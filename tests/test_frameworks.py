@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from backends import CUDA, DEVICE, PACKAGES, assert_close, assert_same_bits, to_array, to_numpy, tolerance
+from backends import CUDA, DEVICE, PACKAGES, assert_close, assert_same_bits, cpu_array, to_array, to_numpy, tolerance
 from cases import BASE, inputs, oracle
 
 import tq_torch
@@ -173,15 +173,15 @@ def test_encoders_agree_with_the_oracle(package, head_dim, dtype):
     assert flips.max() <= 1 and np.mean(flips) <= 5e-6 and ulps.max() <= 2
 
 
-def test_hadamard_is_bitwise_the_same_in_every_framework_on_the_cpu():
+@by_name
+@pytest.mark.parametrize("direction", ["rotate", "unrotate"])
+def test_hadamard_is_bitwise_the_same_in_every_framework_on_the_cpu(package, direction):
     x = np.random.default_rng(13).standard_normal((500, 128)).astype(np.float32)
-    with jax.default_device(jax.devices("cpu")[0]):
-        for direction in ("rotate", "unrotate"):
-            expected = getattr(tqcore, direction)(x, Quantizer(128))
-            rotate = getattr(tqjax, direction)
-            assert_same_bits(np.asarray(rotate(jnp.asarray(x), Quantizer(128))), expected)
-            assert_same_bits(np.asarray(jax.jit(rotate, static_argnums=1)(x, Quantizer(128))), expected)
-            assert_same_bits(getattr(tq_torch, direction)(torch.tensor(x), Quantizer(128)).numpy(), expected)
+    expected = getattr(tqcore, direction)(x, Quantizer(128))
+    rotate = getattr(package, direction)
+    assert_same_bits(to_numpy(rotate(cpu_array(package, x), Quantizer(128))), expected)
+    if package is tqjax:
+        assert_same_bits(np.asarray(jax.jit(rotate, static_argnums=1)(cpu_array(package, x), Quantizer(128))), expected)
 
 
 @by_name

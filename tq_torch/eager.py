@@ -6,6 +6,7 @@ import torch
 
 from tqcore import fixed_point
 from tqcore import rotation as core_rotation
+from tqcore.codebook import Codebook
 from tqcore.fixed_point import (
     ABS_MASK,
     INFINITY_BITS,
@@ -96,29 +97,39 @@ def unpack(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).long()
 
 
-@torch.compiler.assume_constant_result
 def boundaries(quantizer: Quantizer) -> tuple[float, ...]:
-    return tuple(quantizer.codebook.boundaries.tolist())
+    return _boundaries(quantizer.head_dim, quantizer.bits)
 
 
-@torch.compiler.assume_constant_result
 def centroids(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
-    return _constant(quantizer, "centroids", device)
+    return _constant("centroids", *_fields(quantizer), device)
 
 
-@torch.compiler.assume_constant_result
 def signs(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
-    return _constant(quantizer, "signs", device)
+    return _constant("signs", *_fields(quantizer), device)
 
 
-@torch.compiler.assume_constant_result
 def matrix(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
     """R as float64, in which a device's reduced-precision float32 products cannot touch it."""
-    return _constant(quantizer, "matrix", device)
+    return _constant("matrix", *_fields(quantizer), device)
+
+
+def _fields(quantizer):
+    return quantizer.head_dim, quantizer.bits, quantizer.rotation, quantizer.seed
+
+
+@torch.compiler.assume_constant_result  # torch.compile evaluates these once; it takes only plain arguments for them
+def _boundaries(head_dim, bits):
+    return tuple(Codebook(head_dim, bits).boundaries.tolist())
+
+
+@torch.compiler.assume_constant_result
+def _constant(name, head_dim, bits, rotation, seed, device):
+    return _cached_constant(name, Quantizer(head_dim, bits, rotation=rotation, seed=seed), device)
 
 
 @cache
-def _constant(quantizer, name, device):
+def _cached_constant(name, quantizer, device):
     array = {
         "centroids": lambda: quantizer.codebook.centroids,
         "signs": lambda: core_rotation.signs(quantizer),
