@@ -82,7 +82,7 @@ class OriginalConfig:
         return rows, tuning.ceil_div(keys, self.block_s)
 
 
-ORIGINAL_CONFIGS = tuple(OriginalConfig(*pair) for pair in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)))
+ORIGINAL_CONFIGS = tuple(OriginalConfig(*pair) for pair in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4)))
 
 
 @triton.jit

@@ -279,7 +279,20 @@ class Scores(torch.nn.Module):
 def test_torch_opcheck(implementation):
     arrays, given = torch_arguments()
     arrays[0].requires_grad_(), arrays[2].requires_grad_()
-    torch.library.opcheck(torch.ops.tq_torch.fused_qk_scores.default, (*arrays, given.scale, implementation))
+    op = torch.ops.tq_torch.fused_qk_scores.default
+    torch.library.opcheck(op, (*arrays, None, given.scale, implementation))
+    torch.library.opcheck(op, (*arrays[:3], None, 4, given.scale, implementation))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_torch_opcheck_of_the_quantiser(head_dim):
+    keys, _, quantizer = keys_and_query(head_dim)
+    keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0)
+    codes, norms = torch.ops.tq_torch.compress(keys, *fields)
+    torch.library.opcheck(torch.ops.tq_torch.compress.default, (keys, *fields))
+    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, *fields))
+    for inverse in (False, True):
+        torch.library.opcheck(torch.ops.tq_torch.rotate.default, (keys.requires_grad_(), *fields, inverse))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -298,6 +311,19 @@ def test_torch_compile_of_attention_scores(head_dim):
     assert_same_bits(to_numpy(compiled(query, packed)), to_numpy(tq_torch.attention_scores(query, packed)))
     again = torch.compile(tq_torch.compress, fullgraph=True, backend="aot_eager")(to_array(tq_torch, keys), quantizer)
     assert_same_bits(to_numpy(again.codes), to_numpy(packed.codes))
+
+
+def test_torch_compile_keeps_two_quantizers_apart():
+    keys, query, _ = keys_and_query()
+    keys, query = to_array(tq_torch, keys), to_array(tq_torch, query)
+    first, second = (tq_torch.compress(keys, Quantizer(64, bits, seed=bits)) for bits in (4, 2))
+
+    def both(query, first, second):
+        return tq_torch.attention_scores(query, first), tq_torch.attention_scores(query, second)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(query, first, second), both(query, first, second), strict=True):
+        assert_same_bits(to_numpy(got), to_numpy(expected))
 
 
 def test_torch_export():

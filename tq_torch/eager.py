@@ -6,7 +6,6 @@ import torch
 
 from tqcore import fixed_point
 from tqcore import rotation as core_rotation
-from tqcore.codebook import Codebook
 from tqcore.fixed_point import (
     ABS_MASK,
     INFINITY_BITS,
@@ -16,7 +15,7 @@ from tqcore.fixed_point import (
     SMALLEST_NORMAL,
     ScoreTable,
 )
-from tqcore.quantizer import PackedVectors, Quantizer
+from tqcore.quantizer import Quantizer
 
 
 def rotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
@@ -33,7 +32,7 @@ def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return (x.double() @ matrix(quantizer, x.device)).float()
 
 
-def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
+def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.float()
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
@@ -43,16 +42,15 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
     length = _tree_sum(scaled * scaled).double().sqrt().float()  # torch's float32 root is not always the nearest
     rotated, radius = rotate(scaled, quantizer), torch.where(usable, length, 1.0)[..., None]
     indices = torch.zeros(rotated.shape, dtype=torch.uint8, device=x.device)
-    for boundary in boundaries(quantizer):
+    for boundary in quantizer.codebook.boundaries.tolist():
         indices += rotated > boundary * radius
     codes = (indices[..., 0::2] << 4) | indices[..., 1::2]
-    return PackedVectors(codes, torch.where(finite, length * power_of_two(e), float("nan")), quantizer)
+    return codes, torch.where(finite, length * power_of_two(e), float("nan"))
 
 
-def decompress(packed: PackedVectors, dtype: torch.dtype) -> torch.Tensor:
-    table = _pad(centroids(packed.quantizer, packed.codes.device))
-    vectors = unrotate(table[unpack(packed.codes)], packed.quantizer)
-    return (vectors * packed.norms[..., None]).to(dtype)
+def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    table = _pad(centroids(quantizer, codes.device))
+    return unrotate(table[unpack(codes)], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
@@ -97,44 +95,23 @@ def unpack(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).long()
 
 
-def boundaries(quantizer: Quantizer) -> tuple[float, ...]:
-    return _boundaries(quantizer.head_dim, quantizer.bits)
-
-
+@cache
 def centroids(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
-    return _constant("centroids", *_fields(quantizer), device)
-
-
-def signs(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
-    return _constant("signs", *_fields(quantizer), device)
-
-
-def matrix(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
-    """R as float64, in which a device's reduced-precision float32 products cannot touch it."""
-    return _constant("matrix", *_fields(quantizer), device)
-
-
-def _fields(quantizer):
-    return quantizer.head_dim, quantizer.bits, quantizer.rotation, quantizer.seed
-
-
-@torch.compiler.assume_constant_result  # torch.compile evaluates these once; it takes only plain arguments for them
-def _boundaries(head_dim, bits):
-    return tuple(Codebook(head_dim, bits).boundaries.tolist())
-
-
-@torch.compiler.assume_constant_result
-def _constant(name, head_dim, bits, rotation, seed, device):
-    return _cached_constant(name, Quantizer(head_dim, bits, rotation=rotation, seed=seed), device)
+    return _constant(quantizer.codebook.centroids, device)
 
 
 @cache
-def _cached_constant(name, quantizer, device):
-    array = {
-        "centroids": lambda: quantizer.codebook.centroids,
-        "signs": lambda: core_rotation.signs(quantizer),
-        "matrix": lambda: core_rotation.matrix(quantizer).astype("float64"),
-    }[name]()
+def signs(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
+    return _constant(core_rotation.signs(quantizer), device)
+
+
+@cache
+def matrix(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
+    """R as float64, in which a device's reduced-precision float32 products cannot touch it."""
+    return _constant(core_rotation.matrix(quantizer).astype("float64"), device)
+
+
+def _constant(array, device):
     with torch.inference_mode(False):  # usable by autograd whoever asks first
         return torch.tensor(array, device=device)
 

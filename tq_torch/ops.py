@@ -1,5 +1,6 @@
 """The public operations: check, choose the implementation, call it through `torch.library`."""
 
+from functools import cache
 from os import PathLike
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import tqcore
 from tq_torch import eager
 from tqcore import checks, fixed_point
+from tqcore.codebook import Codebook
 from tqcore.quantizer import PackedVectors, Quantizer
 
 try:
@@ -33,13 +35,13 @@ def rotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
       ValueError: x has another dtype, or its last axis is not `quantizer.head_dim`.
     """
     checks.check_rotated(x, quantizer)
-    return eager.rotate(x, quantizer)
+    return torch.ops.tq_torch.rotate(x, *_fields(quantizer), False)
 
 
 def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """x = Rᵀ y, the inverse of `rotate`; the same arguments, result and errors."""
     checks.check_rotated(x, quantizer)
-    return eager.unrotate(x, quantizer)
+    return torch.ops.tq_torch.rotate(x, *_fields(quantizer), True)
 
 
 def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
@@ -62,7 +64,8 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
     checks.check_vectors(x, quantizer)
-    return eager.compress(x.detach(), quantizer)
+    codes, norms = torch.ops.tq_torch.compress(x.detach(), *_fields(quantizer))
+    return PackedVectors(codes, norms, quantizer)
 
 
 def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
@@ -80,7 +83,8 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
     """
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
-    return eager.decompress(packed, getattr(torch, checks.dtype_name(dtype)))
+    vectors = torch.ops.tq_torch.decompress(packed.codes, packed.norms, *_fields(packed.quantizer))
+    return vectors.to(getattr(torch, checks.dtype_name(dtype)))
 
 
 def fused_qk_scores(
@@ -123,10 +127,11 @@ def fused_qk_scores(
       NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads)
+    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids)
     named = {"q_rotated": q_rotated, "packed_indices": packed_indices, "norms": norms, "centroids": centroids}
     checks.check_devices({name: tensor.device for name, tensor in named.items()})
-    return torch.ops.tq_torch.fused_qk_scores(*named.values(), float(scale), implementation)
+    return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, float(scale), implementation)
 
 
 def attention_scores(query: torch.Tensor, keys: PackedVectors, *, scale: float | None = None) -> torch.Tensor:
@@ -144,15 +149,13 @@ def attention_scores(query: torch.Tensor, keys: PackedVectors, *, scale: float |
       ValueError: query and keys do not fit each other.
     """
     checks.check_attention_scores(query, keys, scale)
-    return fused_qk_scores(
-        rotate(query, keys.quantizer),
-        keys.codes,
-        keys.norms,
-        eager.centroids(keys.quantizer, keys.codes.device),
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        n_q_heads=query.shape[1],
-        n_kv_heads=keys.codes.shape[1],
-    )
+    heads = query.shape[1], keys.codes.shape[1]
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms}
+    checks.check_devices({name: tensor.device for name, tensor in named.items()})
+    rotated = rotate(query, keys.quantizer)
+    checks.check_scores(rotated, keys.codes, keys.norms, scale, *heads)
+    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, keys.quantizer.bits, scale, None)
 
 
 def from_dlpack(packed: PackedVectors) -> PackedVectors:
@@ -176,17 +179,48 @@ def _map_file(packed, function):
     return {name: vectors.map(function) for name, vectors in packed.items()}
 
 
+# --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
+
+QUANTIZER = "int head_dim, int bits, str rotation, int seed"
 _library = torch.library.Library("tq_torch", "DEF")
+_library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
+_library.define(f"compress(Tensor x, {QUANTIZER}) -> (Tensor, Tensor)")
+_library.define(f"decompress(Tensor codes, Tensor norms, {QUANTIZER}) -> Tensor")
 _library.define(
-    "fused_qk_scores(Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor centroids, float scale, "
-    "str? implementation) -> Tensor"
+    "fused_qk_scores(Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, int? bits, "
+    "float scale, str? implementation) -> Tensor"
+)
+_library.define(
+    "fused_qk_scores_backward(Tensor grad, Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, "
+    "int? bits, float scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _implement(q, codes, norms, centroids, scale, implementation):
-    """Calls one implementation; the values of `centroids` are checked here, where they are concrete."""
-    words = _table_words(centroids)
+def _fields(quantizer):
+    return quantizer.head_dim, quantizer.bits, quantizer.rotation, quantizer.seed
+
+
+def _quantizer(head_dim, bits, rotation, seed):
+    return Quantizer(head_dim, bits, rotation=rotation, seed=seed)
+
+
+def _rotate(x, head_dim, bits, rotation, seed, inverse):
+    quantizer = _quantizer(head_dim, bits, rotation, seed)
+    return eager.unrotate(x, quantizer) if inverse else eager.rotate(x, quantizer)
+
+
+def _compress(x, *fields):
+    return eager.compress(x, _quantizer(*fields))
+
+
+def _decompress(codes, norms, *fields):
+    return eager.decompress(codes, norms, _quantizer(*fields))
+
+
+def _scores(q, codes, norms, centroids, bits, scale, implementation):
+    """Calls one implementation. The table is `centroids`, whose values are concrete and checked here, or of `bits`."""
     batch, heads, length, head_dim = q.shape
+    words = _codebook_words(head_dim, bits, q.device) if centroids is None else _table_words(centroids)
     if 0 in (*q.shape, *codes.shape):
         return q.new_empty(batch, heads, length, codes.shape[2], dtype=torch.float32)
     kernel = triton_call if triton_call is not None and triton_call.can_do(q) else None
@@ -200,26 +234,73 @@ def _implement(q, codes, norms, centroids, scale, implementation):
     return eager.fused_qk_scores(q, codes, norms, words, scale)
 
 
-_library.impl("fused_qk_scores", _implement, "CompositeExplicitAutograd")
+def _score_gradients(grad, q, codes, norms, centroids, bits, scale):
+    if centroids is None:
+        centroids = eager.centroids(Quantizer(q.shape[-1], bits), q.device)
+    return eager.score_gradients(grad, q, codes, norms, centroids, scale)
+
+
+for _name, _function in (
+    ("rotate", _rotate),
+    ("compress", _compress),
+    ("decompress", _decompress),
+    ("fused_qk_scores", _scores),
+    ("fused_qk_scores_backward", _score_gradients),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tq_torch::rotate", lib=_library)
+def _(x, *_):
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("tq_torch::compress", lib=_library)
+def _(x, head_dim, *_):
+    codes = x.new_empty((*x.shape[:-1], head_dim // 2), dtype=torch.uint8)
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("tq_torch::decompress", lib=_library)
+def _(codes, norms, head_dim, *_):
+    return norms.new_empty((*norms.shape, head_dim))
 
 
 @torch.library.register_fake("tq_torch::fused_qk_scores", lib=_library)
-def _(q, codes, norms, centroids, scale, implementation):
-    return q.new_empty(*q.shape[:3], codes.shape[2], dtype=torch.float32)
+def _(q, codes, *_):
+    return q.new_empty((*q.shape[:3], codes.shape[2]), dtype=torch.float32)
 
 
-def _save_for_backward(ctx, inputs, output):
-    q, codes, norms, centroids, ctx.scale, _ = inputs
+@torch.library.register_fake("tq_torch::fused_qk_scores_backward", lib=_library)
+def _(grad, q, codes, norms, centroids, bits, scale):
+    table = norms.new_empty(2**bits) if centroids is None else torch.empty_like(centroids)
+    return torch.empty_like(q), torch.empty_like(norms), table
+
+
+def _save_rotation(ctx, inputs, output):
+    x, *ctx.fields, ctx.inverse = inputs
+    ctx.dtype = x.dtype
+
+
+def _rotate_backward(ctx, grad):
+    return torch.ops.tq_torch.rotate(grad, *ctx.fields, not ctx.inverse).to(ctx.dtype), None, None, None, None, None
+
+
+def _save_scores(ctx, inputs, output):
+    q, codes, norms, centroids, ctx.bits, ctx.scale, _ = inputs
     ctx.save_for_backward(q, codes, norms, centroids)
 
 
-def _backward(ctx, grad):
+def _scores_backward(ctx, grad):
     q, codes, norms, centroids = ctx.saved_tensors
-    of_q, of_norms, of_centroids = eager.score_gradients(grad, q, codes, norms, centroids, ctx.scale)
-    return of_q, None, of_norms, of_centroids, None, None
+    of_q, of_norms, of_table = torch.ops.tq_torch.fused_qk_scores_backward(
+        grad, q, codes, norms, centroids, ctx.bits, ctx.scale
+    )
+    return of_q, None, of_norms, None if centroids is None else of_table, None, None, None
 
 
-torch.library.register_autograd("tq_torch::fused_qk_scores", _backward, setup_context=_save_for_backward, lib=_library)
+torch.library.register_autograd("tq_torch::rotate", _rotate_backward, setup_context=_save_rotation, lib=_library)
+torch.library.register_autograd("tq_torch::fused_qk_scores", _scores_backward, setup_context=_save_scores, lib=_library)
 
 _WORDS = WeakTensorKeyDictionary()
 
@@ -231,6 +312,14 @@ def _table_words(centroids: torch.Tensor) -> torch.Tensor:
     if known is None or known[0] != version:
         values = centroids.detach().cpu().numpy()
         checks.check_centroid_values(values)
-        words = torch.from_numpy(fixed_point.score_table(np.ascontiguousarray(values)).words).to(centroids.device)
-        known = _WORDS[centroids] = version, words
+        known = _WORDS[centroids] = version, _words_on(values, centroids.device)
     return known[1]
+
+
+@cache
+def _codebook_words(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
+    return _words_on(Codebook(head_dim, bits).centroids, device)
+
+
+def _words_on(centroids, device):
+    return torch.from_numpy(fixed_point.score_table(np.ascontiguousarray(centroids)).words).to(device)

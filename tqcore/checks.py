@@ -4,7 +4,6 @@ Arrays are looked at through `shape` and `dtype` alone, so NumPy, JAX and torch 
 The front-ends call these before they compute; constructors of classes that hold arrays do not.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ def check_dtype(dtype: Any) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    if not isinstance(scale, int | float | np.number) or not math.isfinite(scale) or abs(scale) > FLOAT32_MAX:
+    if not isinstance(scale, int | float | np.number) or not -FLOAT32_MAX <= scale <= FLOAT32_MAX:
         raise ValueError(f"`scale` must be a finite number within float32, got {scale!r}.")
 
 
@@ -118,17 +117,21 @@ def check_packed(name: str, packed: Any) -> None:
     _check_packed_shapes(f"{name}.codes", packed.codes, f"{name}.norms", packed.norms, packed.quantizer.head_dim)
 
 
-def check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads) -> None:
-    """The arguments of `fused_qk_scores`, but for the values of `centroids`."""
+def check_centroids(centroids: Any) -> None:
+    """Dtype and size of a table; its values are for `check_centroid_values`."""
+    check_array("centroids", centroids, "[L]", ("float32",))
+    if not 1 <= centroids.shape[0] <= MAX_CENTROIDS:
+        raise ValueError(f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}.")
+
+
+def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads) -> None:
+    """The arguments of `fused_qk_scores`, but for `centroids`."""
     check_array("q_rotated", q_rotated, "[B, H, T, D]", FLOATS)
     check_array("packed_indices", packed_indices, "[B, K, S, D/2]", ("uint8",))
     check_array("norms", norms, "[B, K, S]", ("float32",))
-    check_array("centroids", centroids, "[L]", ("float32",))
     batch, heads, _, head_dim = q_rotated.shape
     check_head_dim(head_dim)
     _check_packed_shapes("packed_indices", packed_indices, "norms", norms, head_dim)
-    if not 1 <= centroids.shape[0] <= MAX_CENTROIDS:
-        raise ValueError(f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}.")
     if batch != packed_indices.shape[0]:
         raise ValueError(
             f"`q_rotated` and `packed_indices` must have one batch size, got {batch} and {packed_indices.shape[0]}."

@@ -115,7 +115,8 @@ def fused_qk_scores(
       ValueError: an argument does not fit; nothing is cast, cropped or replaced.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads)
+    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids)
     checks.check_centroid_values(centroids)
     batch, heads, length, head_dim = q_rotated.shape
     groups = heads // n_kv_heads

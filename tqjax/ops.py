@@ -124,7 +124,8 @@ def fused_qk_scores(
       NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, centroids, scale, n_q_heads, n_kv_heads)
+    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids)
     _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
     arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
     if isinstance(centroids, Tracer):

@@ -126,11 +126,15 @@ def flush(x: jax.Array) -> jax.Array:
 
 
 def _integer_products(query_planes, table_planes, indices):
-    """Σ_d n_d · table[index_d] as float32, [B,K,R,D] × [B,K,S,D] -> [B,K,R,S], from int8 products."""
+    """Σ_d n_d · table[index_d] as float32, [B,K,R,D] × [B,K,S,D] -> [B,K,R,S], from int8 products.
+
+    On CUDA, jax 0.11.2 returns twice some int8 products whose D is no multiple of 4; int32 ones are right.
+    """
+    dtype = jnp.int32 if indices.shape[-1] % 4 else jnp.int8
 
     def product(left, right):
-        keys = right[indices]
-        return jnp.einsum("bkrd,bksd->bkrs", left.astype(jnp.int8), keys, preferred_element_type=jnp.int32)
+        left, right = left.astype(dtype), right[indices].astype(dtype)
+        return jnp.einsum("bkrd,bksd->bkrs", left, right, preferred_element_type=jnp.int32)
 
     hi, lo = query_planes
     if len(table_planes) == 1:
