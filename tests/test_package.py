@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,27 @@ def test_budgets():
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
                 assert length <= (120 if node.name.endswith("_kernel") else 60), (path, node.name, length)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_readme_code_runs(framework, tmp_path, monkeypatch, capsys):
+    """The blocks of the README, with the values that their comments promise."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = (block for block in blocks if f"import {framework}" in block)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    promised = {"jax": ["0.265625", "(1, 8, 1, 4096)"], "torch": ["tensor(0.009"]}[framework]
+    assert all(value in printed for value in promised)
+
+
+def test_readme_numbers_are_measured():
+    """The table of the first screen is that of benchmarks/results."""
+    rows = json.loads((ROOT / "benchmarks/results/nvidia-h200/scores.json").read_text())["rows"]
+    main = {"B": 8, "K": 8, "G": 4, "S": 32768, "T": 1, "D": 128}
+    us = {(row["front"], row["implementation"]): row["us"] for row in rows if main.items() <= row.items()}
+    table = re.findall(r"^\| (?!---).*\| *\**(\d+)\** \| *\**(\d+|–)\** \|$", (ROOT / "README.md").read_text(), re.M)
+    torch_names = ["triton", "dense_bf16", "dense_fp32", "original"]
+    jax_names = ["pallas_triton", "dense_bf16", "dense_fp32", None]
+    assert [int(a) for a, _ in table] == [round(us["torch", name]) for name in torch_names]
+    assert [b for _, b in table] == ["–" if name is None else str(round(us["jax", name])) for name in jax_names]
