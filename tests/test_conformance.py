@@ -109,6 +109,14 @@ def test_more_than_2_gib_of_codes(backend):
     assert_same_bits(scores[..., -tail:], oracle(small))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.implementation in ("triton", "pallas_triton")], ids=str)
+def test_more_than_65535_heads(backend):
+    """What a launch grid holds along its second axis."""
+    given = inputs(Case(B=16400, K=4, G=1, S=3, D=32))
+    assert_same_bits(backend.scores(given), oracle(given))
+
+
 def test_jax_computes_where_torch_does():
     assert jax.default_backend() == ("gpu" if CUDA else "cpu")
 

@@ -32,7 +32,8 @@ def fused_qk_scores(
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     norms = norms if norms.stride(2) == 1 else norms.contiguous()
     out = q.new_empty(batch, heads, length, keys, dtype=torch.float32)
-    launch: Any = scores_kernel[config.grid(rows, keys, kv)]
+    programs_s, programs_kv, programs_r = config.grid(rows, keys, kv)
+    launch: Any = scores_kernel[programs_s * programs_kv, programs_r]
     launch(
         q,
         codes,

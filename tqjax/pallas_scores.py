@@ -210,7 +210,10 @@ def _call(q, codes, norms, *, words, scale, interpret, config):
         _scores_kernel, scale=scale, planes=words.shape[0] // 4, config=config, ptx=not interpret,
         block_p=tuning.packed_block(head_dim),
     )  # fmt: skip
-    of_head = lambda *shape: pl.BlockSpec((None, *shape), lambda s, head, r: (head, *(0 for _ in shape)))  # noqa: E731
+
+    def of_head(*shape):  # all of one key head: Pallas does not mask blocks that overrun an array, before jax 0.12
+        return pl.BlockSpec((None, *shape), lambda s, head, r: (head, *(0 for _ in shape)))
+
     return pl.pallas_call(
         kernel,
         grid=config.grid(rows, keys, heads),

@@ -130,12 +130,13 @@ def scores_kernel(
     BLOCK_P: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    programs_s = tl.cdiv(S, blocks * BLOCK_S)  # in one axis with the heads: CUDA's others end at 65535
+    head = tl.program_id(0) // programs_s
     batch, kv_head = (head // K).to(tl.int64), (head % K).to(tl.int64)
 
     # The query rows, twice: their hi planes, then their lo planes.
     i = tl.arange(0, 2 * BLOCK_R)
-    row = tl.program_id(2) * BLOCK_R + i % BLOCK_R
+    row = tl.program_id(1) * BLOCK_R + i % BLOCK_R
     p = tl.arange(0, BLOCK_P)
     q_row_ptr = q_ptr + (head.to(tl.int64) * R + row[:, None]) * D
     live = (row[:, None] < R) & (p[None, :] < D // 2)
@@ -149,13 +150,14 @@ def scores_kernel(
     step = tl.load(table_ptr + 4 * PLANES).to(tl.float32, bitcast=True)
     e = tl.max(tl.reshape(e, [2, BLOCK_R]), 0)
     power = ((e + 127) << 23).to(tl.float32, bitcast=True)
-    factor = _multiply(_multiply(scale, step, PTX), tl.where(e == NOT_FINITE, float("nan"), power), PTX)
+    unit = _multiply(scale, step, PTX)
+    factor = _multiply(unit, tl.where(e == NOT_FINITE, float("nan"), power), PTX)
 
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k
     norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k
     out_row_ptr = out_ptr + (head.to(tl.int64) * R + r[None, :]) * S
-    start = tl.program_id(0).to(tl.int64) * blocks * BLOCK_S
+    start = (tl.program_id(0) % programs_s).to(tl.int64) * blocks * BLOCK_S
     for block in range(blocks):
         s = start + block * BLOCK_S + tl.arange(0, BLOCK_S)
         inside = s < S
