@@ -8,7 +8,6 @@ H query heads, K key heads, T queries, S keys, D head_dim.
 import argparse
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -149,7 +148,7 @@ def show(title: str, header: list[str], rows: list[list[str]]) -> None:
 def show_header(args: argparse.Namespace, data: bytes, config: tiny_lm.Config) -> None:
     device = jax.devices("gpu")[0].device_kind if ON_GPU else "CPU; Pallas and Triton kernels are interpreted"
     name = args.prompt_file or f"{HELD_OUT_FILE} (Python library, held out of training)"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("tqjax", "jax", "torch", "triton", "numpy"))
+    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in (tqjax, jax, torch, np))
     shape = f"{config.n_layers} layers, H = {config.n_q_heads}, K = {config.n_kv_heads}, D = {config.head_dim}"
     console.print(f"model     {args.weights.name}: {shape}\ntext      {name}, {len(data)} bytes")
     console.print(f"device    {device}\nversions  {versions}\n")
