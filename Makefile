@@ -29,8 +29,9 @@ lint: $$(SETUP)
 gpu: $$(SETUP)  ## the whole suite on a CUDA device; what is skipped fails
 	$(PY) -m pytest -n 8 -q --require -p no:benchmark
 
-bench: $$(SETUP)  ## gate, then time; CUDA
+bench: $$(SETUP)  ## gate, then time; what changed since the committed results; plots; CUDA
 	$(PY) benchmarks/bench.py
+	$(PY) benchmarks/plot.py
 
 .venv/installed: pyproject.toml constraints.txt
 	python3 -m venv .venv

@@ -52,6 +52,17 @@ BACKENDS = [
     Backend("tq_torch-eager", tq_torch, "eager"),
     Backend("tq_torch-triton", tq_torch, "triton"),
 ]
+if CUDA:
+    BACKENDS += [
+        Backend("tqjax-triton", tqjax, "triton"),
+        Backend("tqjax-triton-traced", tqjax, "triton", traced=True),
+    ]
+if CUDA and torch.cuda.get_device_capability()[0] == 9:
+    BACKENDS += [
+        Backend("tq_torch-gluon", tq_torch, "gluon"),
+        Backend("tqjax-gluon", tqjax, "gluon"),
+        Backend("tqjax-gluon-traced", tqjax, "gluon", traced=True),
+    ]
 PACKAGES = [tqcore, tqjax, tq_torch]
 
 

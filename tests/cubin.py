@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ def compile_kernel(
 ) -> Any:
     """`signature` from argument to Triton type; pointers and "i32:16" arguments are taken as multiples of 16."""
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
-    source = ASTSource(
-        fn=kernel,
-        signature={**{k: v.removesuffix(":16") for k, v in signature.items()}, **{k: "constexpr" for k in constants}},
-        constexprs=constants,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    make = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = make(
+        kernel,
+        {**{k: v.removesuffix(":16") for k, v in signature.items()}, **{k: "constexpr" for k in constants}},
+        constants,
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

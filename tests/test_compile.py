@@ -1,5 +1,6 @@
 """Every kernel compiles for sm_80, sm_90 and sm_100, here and now, with no GPU; the main ones spill nothing."""
 
+import itertools
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 from cubin import compile_kernel, compile_ttir, pallas_ttir, resources
 
 from tqcore import tuning
-from tqcore.kernels.scores import scores_kernel
+from tqcore.kernels import gluon_scores, scores
 from tqjax import pallas_scores
 
 CAPABILITIES = [80, 90, 100]
@@ -47,18 +48,25 @@ SIGNATURE = {
 
 def triton_kernel(head_dim, planes, rows, dtype, capability, **options):
     config = tuning.score_config(rows, KEYS, HEADS, head_dim)
-    constants = {
+    return _jitted(scores.scores_kernel, config, head_dim, planes, dtype, capability, {"PTX": True}, options)
+
+
+def gluon_kernel(head_dim, planes, rows, dtype, capability, **options):
+    config = tuning.gluon_score_config(rows, KEYS, HEADS, head_dim)
+    return _jitted(gluon_scores.scores_kernel, config, head_dim, planes, dtype, capability, {}, options)
+
+
+def _jitted(kernel, config, head_dim, planes, dtype, capability, constants, options):
+    constants |= {
         "CODES_STRIDE_S": head_dim // 2,
         "D": head_dim,
         "PLANES": planes,
         "BLOCK_R": config.block_r,
         "BLOCK_S": config.block_s,
         "BLOCK_P": tuning.packed_block(head_dim),
-        "PTX": True,
     }
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
-    signature = SIGNATURE | {"q_ptr": f"*{dtype}"}
-    return compile_kernel(scores_kernel, signature, constants, capability, **options)
+    return compile_kernel(kernel, SIGNATURE | {"q_ptr": f"*{dtype}"}, constants, capability, **options)
 
 
 def pallas_kernel(head_dim, planes, rows, dtype, capability):
@@ -93,9 +101,12 @@ def compiler():
         yield lambda *arguments, **options: pool.submit(compile_and_measure, *arguments, options).result()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", [triton_kernel, pallas_kernel], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize(
+    ("kernel", "capability"),
+    [*itertools.product([triton_kernel, pallas_kernel], CAPABILITIES), (gluon_kernel, 90)],
+    ids=lambda value: getattr(value, "__name__", f"sm_{value}"),
+)
 def test_compiles(compiler, kernel, shape, capability, record_property):
     taken, ptx = compiler(kernel, shape, capability)
     head_dim, planes, rows, dtype = shape
@@ -106,8 +117,10 @@ def test_compiles(compiler, kernel, shape, capability, record_property):
     )
     assert taken.cubin_bytes > 0 and taken.registers > 0
     assert "prmt.b32" in ptx and "mul.rn.ftz.f32" in ptx
-    if head_dim == 128 and planes == 1:
+    if (head_dim == 128 and planes == 1) or kernel is gluon_kernel:
         assert taken.spill_bytes == 0
+    if kernel is gluon_kernel:
+        assert taken.shared_bytes == 0 and "st.shared" not in ptx  # registers all the way
 
 
 def test_spills_are_seen(compiler):

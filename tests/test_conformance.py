@@ -19,6 +19,8 @@ from tqcore import fixed_point
 from tqcore.tuning import ScoreConfig
 from tqjax import pallas_scores
 
+KERNELS = ("triton", "pallas_triton", "gluon")
+GLUON = any(backend.implementation == "gluon" for backend in BACKENDS)
 CONFIGS = [
     ScoreConfig(8, 64, 1, 4, 1),
     ScoreConfig(8, 64, 3, 4, 3),
@@ -38,13 +40,19 @@ def test_scores(backend, case):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("table", ["dyadic", "random"])
-@pytest.mark.parametrize("kernel", ["pallas_triton", "triton"])
+@pytest.mark.parametrize("kernel", ["pallas_triton", "triton", *(["gluon"] if GLUON else [])])
 def test_every_launch_configuration(kernel, table, config):
     given = inputs(Case(B=1, K=2, G=3, T=3, S=777, D=128, table=table))
     words = fixed_point.score_table(given.centroids).words
     package, launch = {
         "pallas_triton": (tqjax, lambda *a: pallas_scores.fused_qk_scores(*a, config=config, interpret=not CUDA)),
         "triton": (tq_torch, lambda *a: triton_call.fused_qk_scores(*a, config=config)),
+        "gluon": (
+            tq_torch,
+            lambda *a: triton_call.fused_qk_scores(
+                *a, implementation="gluon", config=replace(config, block_s=min(64, config.block_s), num_warps=1)
+            ),
+        ),
     }[kernel]
     arrays = [to_array(package, x) for x in (given.q_rotated, given.packed_indices, given.norms, words)]
     assert_same_bits(to_numpy(launch(*arrays, given.scale)), oracle(given))
@@ -77,7 +85,7 @@ def test_strided_cache_is_read_in_place():
     buffer = torch.full((2, 3, 160, 64), 255, dtype=torch.uint8, device=codes.device)
     norm_buffer = torch.full((2, 3, 160), float("nan"), device=codes.device)
     buffer[:, :, 7:107], norm_buffer[:, :, 7:107] = codes, norms
-    for implementation in ("eager", "triton"):
+    for implementation in ("eager", "triton", *(["gluon"] if GLUON else [])):
         scores = tq_torch.fused_qk_scores(
             q, buffer[:, :, 7:107], norm_buffer[:, :, 7:107], centroids, given.scale,
             **given.heads, implementation=implementation,
@@ -98,7 +106,7 @@ def test_wide_heads_in_xla_and_eager():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.implementation in ("triton", "pallas_triton")], ids=str)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.implementation in KERNELS], ids=str)
 def test_more_than_2_gib_of_codes(backend):
     """The last keys of a cache of 2.25 GiB: an offset in int32 would wrap."""
     shape, tail = (1, 4, 9 * 2**20 + 5, 64), 999
@@ -110,7 +118,7 @@ def test_more_than_2_gib_of_codes(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.implementation in ("triton", "pallas_triton")], ids=str)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.implementation in KERNELS], ids=str)
 def test_more_than_65535_heads(backend):
     """What a launch grid holds along its second axis."""
     given = inputs(Case(B=16400, K=4, G=1, S=3, D=32))

@@ -124,7 +124,7 @@ def test_different_devices():
 
 def test_implementations_say_what_they_cannot_do():
     wide = inputs(replace(BASE, D=512, S=3))
-    for package, name in ((tqjax, "pallas_triton"), (tq_torch, "triton")):
+    for package, name in ((tqjax, "pallas_triton"), (tq_torch, "triton"), (tq_torch, "gluon")):
         arrays = [to_array(package, x) for x in wide.arrays]
         with pytest.raises(NotImplementedError, match=f"'{name}' needs .*head_dim up to 256.*512.*has no such need"):
             package.fused_qk_scores(*arrays, wide.scale, **wide.heads, implementation=name)

@@ -18,7 +18,7 @@ try:
 except ImportError:  # a torch without Triton
     triton_call = None
 
-IMPLEMENTATIONS = ("eager", "triton")
+IMPLEMENTATIONS = ("eager", "triton", "gluon")
 
 
 def rotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
@@ -117,7 +117,8 @@ def fused_qk_scores(
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
       implementation: "eager" (any device with float64), "triton" (CUDA, D up to 256; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), or None: triton on CUDA where it can do the case, eager elsewhere.
+        under TRITON_INTERPRET=1), "gluon" (Hopper, D up to 256), or None: the first of gluon, triton and eager that
+        can do the case on this device.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -181,6 +182,10 @@ def _map_file(packed, function):
 
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
 
+NEEDS = {
+    "triton": "'triton' needs Triton, head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the environment",
+    "gluon": "'gluon' needs Triton with Gluon, head_dim up to 256 and CUDA tensors on a Hopper device",
+}
 QUANTIZER = "int head_dim, int bits, str rotation, int seed"
 _library = torch.library.Library("tq_torch", "DEF")
 _library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
@@ -223,15 +228,22 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     words = _codebook_words(head_dim, bits, q.device) if centroids is None else _table_words(centroids)
     if 0 in (*q.shape, *codes.shape):
         return q.new_empty(batch, heads, length, codes.shape[2], dtype=torch.float32)
-    kernel = triton_call if triton_call is not None and triton_call.can_do(q) else None
-    if implementation == "triton" and kernel is None:
+    implementation = implementation or _fastest(q, rows=heads // codes.shape[1] * length)
+    if implementation == "eager":
+        return eager.fused_qk_scores(q, codes, norms, words, scale)
+    if triton_call is None or not triton_call.can_do(implementation, q):
         raise NotImplementedError(
-            "'triton' needs head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the environment, "
-            f"got head_dim={head_dim} on {q.device}; 'eager' has no such need."
+            f"{NEEDS[implementation]}, got head_dim={head_dim} on {q.device}; 'eager' has no such need."
         )
-    if kernel is not None and (implementation == "triton" or (implementation is None and q.is_cuda)):
-        return kernel.fused_qk_scores(q, codes, norms, words, scale)
-    return eager.fused_qk_scores(q, codes, norms, words, scale)
+    return triton_call.fused_qk_scores(q, codes, norms, words, scale, implementation=implementation)
+
+
+def _fastest(q, rows):
+    """The implementation for a caller who names none."""
+    if triton_call is None or not q.is_cuda:
+        return "eager"
+    preferred = ["gluon", "triton"] if triton_call.prefers_gluon(rows) else ["triton"]
+    return next((name for name in preferred if triton_call.can_do(name, q)), "eager")
 
 
 def _score_gradients(grad, q, codes, norms, centroids, bits, scale):

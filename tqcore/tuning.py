@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-LARGEST_BLOCK_R = 32
-FULL_DEVICE = 1024  # programs that keep a large GPU busy
+PROCESSORS = 132  # of an H200; launches on other devices follow the same rule
+LONGEST = 16  # steps of a program, where shorter ones fill the device too
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,28 @@ class ScoreConfig:
 
 
 def score_config(rows: int, keys: int, heads: int, head_dim: int) -> ScoreConfig:
-    """For R rows, S keys, B·K key heads and D: first enough programs for the device, then longer loops."""
-    block_r = min(LARGEST_BLOCK_R, max(8, next_power_of_two(rows)))
-    block_s = 128 if head_dim <= 128 and block_r <= 16 else 64
-    programs = heads * ceil_div(rows, block_r) * ceil_div(keys, block_s)
-    return ScoreConfig(block_r, block_s, blocks=max(1, min(16, programs // FULL_DEVICE)), num_warps=4, num_stages=3)
+    """For R rows, S keys, B·K key heads and D: whole waves of programs, long ones where many rows share the keys."""
+    block_r = min(32, max(8, next_power_of_two(rows)))
+    block_s = 128 if head_dim <= 128 and (block_r <= 16 or rows > 64) else 64
+    resident, longest = (5, LONGEST) if rows <= 64 else (6, keys)
+    blocks = steps(heads * ceil_div(rows, block_r), ceil_div(keys, block_s), resident, longest)
+    return ScoreConfig(block_r, block_s, blocks, num_warps=4, num_stages=3)
+
+
+def gluon_score_config(rows: int, keys: int, heads: int, head_dim: int) -> ScoreConfig:
+    """The same for the Gluon kernel, whose programs are single warps."""
+    block_r = 8 if rows <= 8 else 16
+    block_s = 64 if head_dim > 64 and rows <= 16 else 32
+    blocks = steps(heads * ceil_div(rows, block_r), ceil_div(keys, block_s), resident=16, longest=LONGEST)
+    return ScoreConfig(block_r, block_s, blocks, num_warps=1, num_stages=1)
+
+
+def steps(programs: int, key_blocks: int, resident: int, longest: int) -> int:
+    """Steps of a program so that whole waves of `resident` programs a processor cover `programs` times `key_blocks`."""
+    wave = PROCESSORS * resident
+    waves = max(1, ceil_div(programs * key_blocks, wave * max(1, longest)))
+    programs_s = max(1, wave * waves // max(1, programs))
+    return max(1, ceil_div(key_blocks, programs_s))
 
 
 def packed_block(head_dim: int) -> int:

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 import tqcore
 from tqcore import checks, fixed_point
 from tqcore.quantizer import PackedVectors, Quantizer
-from tqjax import xla
+from tqjax import triton_call, xla
 
 try:
     from tqjax import pallas_scores
 except ImportError:  # a JAX without Pallas-Triton
     pallas_scores = None
 
-IMPLEMENTATIONS = ("xla", "pallas_triton")
+IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
+NEEDS = {
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256",
+    "triton": "'triton' needs CUDA, an installed Triton and head_dim up to 256",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton and head_dim up to 256",
+}
 
 
 def rotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
@@ -113,8 +118,9 @@ def fused_qk_scores(
       scale: finite; usually 1/√D. A Python number, also under `jit`.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), or None:
-        pallas_triton on CUDA where it can do the case, xla elsewhere.
+      implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), "triton" (CUDA
+        and an installed Triton, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
+        pallas_triton, triton and xla that can do the case, xla elsewhere.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -192,18 +198,29 @@ def _implement(q, codes, norms, words, scale, implementation):
         return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
     arrays = q, codes, norms, words
     plain = functools.partial(xla.fused_qk_scores, scale=scale)
-    kernel = pallas_scores if pallas_scores is not None and head_dim <= pallas_scores.MAX_HEAD_DIM else None
-    if implementation == "pallas_triton" and kernel is None:
-        raise NotImplementedError(
-            "'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256, "
-            f"got head_dim={head_dim}; 'xla' has no such need."
-        )
-    if implementation == "xla" or kernel is None:
+    kernels = _kernels(head_dim)
+    name = implementation or next(iter(kernels), "xla")
+    if name == "xla":
         return plain(*arrays)
-    compiled = functools.partial(kernel.fused_qk_scores, scale=scale)
+    if name not in kernels:
+        raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}; 'xla' has no such need.")
+    compiled = functools.partial(kernels[name], scale=scale)
     if implementation is None:
         return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
+    if name != "pallas_triton":
+        return compiled(*arrays)
     return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
+
+
+def _kernels(head_dim):
+    """The kernels that can do this head_dim on CUDA, the preferred one first."""
+    kernels = {}
+    if pallas_scores is not None and head_dim <= pallas_scores.MAX_HEAD_DIM:
+        kernels["pallas_triton"] = pallas_scores.fused_qk_scores
+    if triton_call.INSTALLED and head_dim <= triton_call.MAX_HEAD_DIM:
+        for name in ("triton", "gluon"):
+            kernels[name] = functools.partial(triton_call.fused_qk_scores, implementation=name)
+    return kernels
 
 
 def _scores_primal(q, codes, norms, centroids, words, scale, implementation):

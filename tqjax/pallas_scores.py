@@ -85,6 +85,16 @@ def _multiply(a, b, ptx):
     return _flush(_flush(a) * _flush(b))
 
 
+def _finite(x, ptx):
+    """x, or NaN where it is not finite: x·0 + x."""
+    if ptx:
+        return plgpu.elementwise_inline_asm(
+            "fma.rn.ftz.f32 $0, $1, 0f00000000, $1;", args=[x], constraints="=f,f", pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        )[0]  # fmt: skip
+    return jnp.where((_bits(x) & ABS_MASK) < INFINITY_BITS, x, np.float32(np.nan))
+
+
 def _flush(x):
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
 
@@ -166,8 +176,7 @@ def _scores_kernel(
         s = start + block * block_s + jnp.arange(block_s)
         inside = s < S
         codes = plgpu.load(codes_ref.at[s[:, None], p[None, :]], mask=inside[:, None] & (p[None, :] < D // 2), other=0)
-        norm = plgpu.load(norms_ref.at[s], mask=inside, other=0.0)
-        norm = jnp.where((_bits(norm) & ABS_MASK) < INFINITY_BITS, norm, np.float32(np.nan))
+        norm = _finite(plgpu.load(norms_ref.at[s], mask=inside, other=0.0), ptx)
 
         levels_even, levels_odd = _levels(codes, words[:4], ptx)
         hi, lo = _products(levels_even, levels_odd, q_even, q_odd)

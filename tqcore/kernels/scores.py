@@ -74,6 +74,16 @@ def _multiply(a, b, PTX: tl.constexpr):
 
 
 @triton.jit
+def _finite(x, PTX: tl.constexpr):
+    """x, or NaN where it is not finite: x·0 + x."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "fma.rn.ftz.f32 $0, $1, 0f00000000, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.where((x.to(tl.int32, bitcast=True) & ABS_MASK) < INFINITY_BITS, x, float("nan"))
+
+
+@triton.jit
 def _flush(x):
     return tl.where(tl.abs(x) < SMALLEST_NORMAL, x * 0.0, x)
 
@@ -164,8 +174,7 @@ def scores_kernel(
         codes = tl.load(
             codes_ptr + s[:, None] * CODES_STRIDE_S + p[None, :], mask=inside[:, None] & (p[None, :] < D // 2), other=0
         )
-        norm = tl.load(norms_ptr + s, mask=inside, other=0.0)
-        norm = tl.where((norm.to(tl.int32, bitcast=True) & ABS_MASK) < INFINITY_BITS, norm, float("nan"))
+        norm = _finite(tl.load(norms_ptr + s, mask=inside, other=0.0), PTX)
 
         levels_even, levels_odd = _levels(codes, w0, w1, w2, w3, PTX)
         hi, lo = _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S, BLOCK_R)

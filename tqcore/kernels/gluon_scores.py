@@ -1,0 +1,257 @@
+"""Attention scores from packed keys, in Gluon for Hopper: codes go from memory to tensor-core operands in registers.
+
+    score[r, s] = (Σ_d n[r, d] · level[index[s, d]]) · (norm[s] · (unit · 2^e[r]))       q[r] ≈ n[r] · 2^e[r]
+
+Reads D/2 + 4 bytes a key, once for all R = T·G query rows of a key head, and writes 4·R bytes.
+Equals `tqcore.reference.fused_qk_scores` bit for bit. A program is one warp, lane 4·g + t of which holds
+
+    keys     two of sixteen, bytes t·P/4 to (t+1)·P/4 of each: what `prmt` returns is the right-hand operand of
+             m16n8k32, if the query's columns are permuted alike
+    query    row g of eight, the same quarter of its coordinates, as hi and lo planes: operand rows g and g + 8
+    scores   row g of eight against keys 4·t to 4·t + 3 of sixteen: hi and lo sums are two accumulators of the lane
+
+so that every change of layout below is a renaming of registers (`assert_trivial`).
+
+Source: the exact integer score of docs/format.md; byte permutes and m16n8k32: PTX ISA.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from tqcore import fixed_point
+
+MAX_HEAD_DIM = 256
+
+CARRY, BIAS = (gl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
+ABS_MASK = gl.constexpr(fixed_point.ABS_MASK)
+INFINITY_BITS = gl.constexpr(fixed_point.INFINITY_BITS)
+MIN_EXPONENT = gl.constexpr(fixed_point.MIN_EXPONENT)
+ROUNDER = gl.constexpr(fixed_point.ROUNDER)
+ROUNDER_BITS = gl.constexpr(fixed_point.ROUNDER_BITS)
+NOT_FINITE = gl.constexpr(128)  # in place of an exponent
+
+# Eight nibbles of $2 through the 16-byte table $3 $7 $11 $15: to $0 the bytes [low 0, high 0, low 1, high 1], to $1
+# the same of bytes 2 and 3. A selector of `prmt` takes 8 table bytes by three bits; the fourth then picks the half.
+LOOKUP = gl.constexpr("""{
+.reg .b32 select, pick, a, b;
+and.b32 select, $2, 0x77777777;
+shr.u32 pick, $2, 1;
+lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
+prmt.b32 a, $3, $7, select;
+prmt.b32 b, $11, $15, select;
+prmt.b32 $0, a, b, pick;
+shr.u32 select, select, 16;
+shr.u32 pick, pick, 16;
+prmt.b32 a, $3, $7, select;
+prmt.b32 b, $11, $15, select;
+prmt.b32 $1, a, b, pick;
+}""")
+LOOKUP_CONSTRAINTS = gl.constexpr("=&r,=&r,r" + ",r" * 16)
+
+
+@gluon.constexpr_function
+def _bits(start, stop):
+    """The powers of two from start up to stop."""
+    return [2**i for i in range(start.bit_length() - 1, stop.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _codes_layout(BLOCK_S, BLOCK_P):
+    """[BLOCK_S, BLOCK_P]: lane t has a quarter of the bytes; of sixteen keys, lane g has 4·(g // 2) + g % 2 + {0, 2}.
+
+    So lane t has keys 4·t to 4·t + 3 of sixteen among its scores: stores of 16 bytes that make up whole sectors.
+    """
+    registers = [[0, x] for x in _bits(1, BLOCK_P // 4)] + [[2, 0]] + [[x, 0] for x in _bits(16, BLOCK_S)]
+    lanes = [[0, BLOCK_P // 4], [0, BLOCK_P // 2], [1, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [BLOCK_S, BLOCK_P])
+
+
+@gluon.constexpr_function
+def _query_layout(BLOCK_R, BLOCK_D):
+    """[BLOCK_R, BLOCK_D]: lane t holds a quarter of the coordinates, lane g rows g, g + 8, …"""
+    registers = [[0, x] for x in _bits(1, BLOCK_D // 4)] + [[x, 0] for x in _bits(8, BLOCK_R)]
+    lanes = [[0, BLOCK_D // 4], [0, BLOCK_D // 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [BLOCK_R, BLOCK_D])
+
+
+@gluon.jit
+def _levels(codes, w0, w1, w2, w3):
+    """The int8 table entries of both nibbles of each byte, as two operands shaped like `codes`."""
+    return gl.inline_asm_elementwise(
+        LOOKUP, LOOKUP_CONSTRAINTS, [codes, w0, w1, w2, w3], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _multiply(a, b):
+    """a · b rounded once, never fused with an addition, subnormals as zeros."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _finite(x):
+    """x, or NaN where it is not finite: x·0 + x."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.ftz.f32 $0, $1, 0f00000000, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _fixed_point(q):
+    """Rows of floats as integers n times 2^e; e = NOT_FINITE for a row with NaN or infinity."""
+    bits = gl.minimum(gl.max(q.to(gl.int32, bitcast=True) & ABS_MASK, 1), INFINITY_BITS)
+    e = gl.maximum(((bits + CARRY) >> 23) - BIAS, MIN_EXPONENT)
+    inverse = ((127 - e) << 23).to(gl.float32, bitcast=True)[:, None]
+    n = (q * inverse + ROUNDER).to(gl.int32, bitcast=True) - ROUNDER_BITS
+    return n, gl.where(bits < INFINITY_BITS, e, NOT_FINITE)
+
+
+@gluon.jit
+def _query_operands(n, BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr, L: gl.constexpr):
+    """n = 128·hi + lo as two left operands [2·BLOCK_R, BLOCK_P] int8 whose columns match those of `_levels`.
+
+    Eight rows of hi, then the eight of lo, in turn. A lane's quarter of the coordinates is words of eight:
+    [word, half, pair, parity]; `_levels` returns a half of each word, in every pair the odd coordinate first.
+    """
+    hi = (n + 64) >> 7
+    lo = n - 128 * hi
+    planes = gl.join(hi.to(gl.int8), lo.to(gl.int8))
+    planes = planes.reshape([BLOCK_R // 8, 8, 4, BLOCK_P // 16, 2, 2, 2, 2]).permute([0, 7, 1, 3, 2, 5, 4, 6])
+    even, odd = gl.split(planes)
+    first, second = gl.split(gl.join(odd, even).permute([0, 1, 2, 3, 4, 5, 7, 6]))
+    first, second = first.reshape([2 * BLOCK_R, BLOCK_P]), second.reshape([2 * BLOCK_R, BLOCK_P])
+    return gl.convert_layout(first, L, assert_trivial=True), gl.convert_layout(second, L, assert_trivial=True)
+
+
+@gluon.jit
+def _key_operand(levels, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr, L: gl.constexpr):
+    """Levels [BLOCK_S, BLOCK_P] as a right operand [BLOCK_P, BLOCK_S]."""
+    levels = levels.reshape([BLOCK_S // 16, 4, 2, 2, 4, BLOCK_P // 16, 4]).permute([0, 2, 1, 3, 5, 4, 6])
+    return gl.convert_layout(levels.reshape([BLOCK_S, BLOCK_P]).permute([1, 0]), L, assert_trivial=True)
+
+
+@gluon.jit
+def _sums(acc, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr):
+    """Accumulators [2·BLOCK_R, BLOCK_S] as hi and lo sums [BLOCK_R, BLOCK_S], keys in their order."""
+    acc = acc.reshape([BLOCK_R // 8, 2, 8, BLOCK_S // 16, 2, 4, 2]).permute([0, 2, 3, 5, 4, 6, 1])
+    hi, lo = gl.split(acc)
+    return hi.reshape([BLOCK_R, BLOCK_S]), lo.reshape([BLOCK_R, BLOCK_S])
+
+
+@gluon.jit
+def _products(codes, words, q_first, q_second, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr):
+    """⟨level, hi⟩ and ⟨level, lo⟩ of every row and key, [BLOCK_R, BLOCK_S] int32 each."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    L: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
+    first, second = _levels(codes, words[0], words[1], words[2], words[3])
+    acc = gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma)
+    acc = mma_v2(q_first, _key_operand(first, BLOCK_S, BLOCK_P, L), acc)
+    acc = mma_v2(q_second, _key_operand(second, BLOCK_S, BLOCK_P, L), acc)
+    return _sums(acc, BLOCK_R, BLOCK_S)
+
+
+@gluon.jit
+def _score_block(
+    codes_ptr, norms_ptr, out_ptr, s, words, low_words, q_first, q_second, factor, r, R, S,
+    CODES_STRIDE_S: gl.constexpr, D: gl.constexpr, PLANES: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr,
+    BLOCK_P: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Scores of the keys from s on."""
+    LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
+    LS: gl.constexpr = factor.type.layout.parent
+    key = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, LK))
+    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, LK))
+    column = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LS))
+    codes_at, norms_at = codes_ptr + key[:, None] * CODES_STRIDE_S + p[None, :], norms_ptr + column
+    live = r[:, None] < R
+    if TAIL or 2 * BLOCK_P != D:
+        codes = gl.load(codes_at, mask=(key[:, None] < S) & (p[None, :] < D // 2), other=0)
+    else:
+        codes = gl.load(codes_at)
+    if TAIL:
+        norm, live = gl.load(norms_at, mask=column < S, other=0.0), live & (column[None, :] < S)
+    else:
+        norm = gl.load(norms_at)
+    norm = _finite(norm)
+
+    hi, lo = _products(codes, words, q_first, q_second, BLOCK_R, BLOCK_S, BLOCK_P)
+    if PLANES == 1:
+        total = (hi * 128 + lo).to(gl.float32)
+    else:
+        hi_low, lo_low = _products(codes, low_words, q_first, q_second, BLOCK_R, BLOCK_S, BLOCK_P)
+        total = hi.to(gl.float32) * 128.0 + (hi_low + lo).to(gl.float32)
+        total = total * 128.0 + lo_low.to(gl.float32)
+    scores = _multiply(total, _multiply(norm[None, :], factor[:, None]))
+    gl.store(out_ptr + r[:, None].to(gl.int64) * S + column[None, :], scores, mask=live)
+
+
+@gluon.jit
+def scores_kernel(
+    q_ptr,  # [B·K, R, D] float32 | bfloat16 | float16
+    codes_ptr,  # [B, K, S, P] uint8
+    norms_ptr,  # [B, K, S] float32
+    table_ptr,  # [4·PLANES + 1] int32: the levels' bytes, the bits of the table's step
+    scale,  # float32
+    out_ptr,  # [B·K, R, S] float32
+    codes_stride_b,
+    codes_stride_k,
+    norms_stride_b,
+    norms_stride_k,
+    K,
+    R,
+    S,
+    blocks,
+    CODES_STRIDE_S: gl.constexpr,
+    D: gl.constexpr,
+    PLANES: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+):
+    programs_s = (S + blocks * BLOCK_S - 1) // (
+        blocks * BLOCK_S
+    )  # in one axis with the heads: CUDA's others end at 65535
+    head = gl.program_id(0) // programs_s
+    batch, kv_head = (head // K).to(gl.int64), (head % K).to(gl.int64)
+
+    # The query rows, as hi and lo planes.
+    LQ: gl.constexpr = _query_layout(BLOCK_R, 2 * BLOCK_P)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    row = gl.program_id(1) * BLOCK_R + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LQ))
+    d = gl.arange(0, 2 * BLOCK_P, layout=gl.SliceLayout(0, LQ))
+    q_row_ptr = q_ptr + (head.to(gl.int64) * R + row[:, None]) * D
+    q = gl.load(q_row_ptr + d[None, :], mask=(row[:, None] < R) & (d[None, :] < D), other=0.0).to(gl.float32)
+    n, e = _fixed_point(q)
+    q_first, q_second = _query_operands(n, BLOCK_R, BLOCK_P, gl.DotOperandLayout(0, mma, 4))
+
+    # unit · 2^e of each row, where the scores of a lane are.
+    words = gl.load(table_ptr), gl.load(table_ptr + 1), gl.load(table_ptr + 2), gl.load(table_ptr + 3)
+    low_words = words
+    if PLANES == 2:
+        low_words = gl.load(table_ptr + 4), gl.load(table_ptr + 5), gl.load(table_ptr + 6), gl.load(table_ptr + 7)
+    step = gl.load(table_ptr + 4 * PLANES).to(gl.float32, bitcast=True)
+    power = gl.where(e == NOT_FINITE, float("nan"), ((e + 127) << 23).to(gl.float32, bitcast=True))
+    sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
+    LS: gl.constexpr = sums.type.layout
+    factor = gl.convert_layout(_multiply(_multiply(scale, step), power), gl.SliceLayout(1, LS))
+
+    r = gl.program_id(1) * BLOCK_R + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
+    codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k
+    norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k
+    out_ptr += head.to(gl.int64) * R * S
+    start = (gl.program_id(0) % programs_s) * blocks * BLOCK_S
+    stop = gl.minimum(start + blocks * BLOCK_S, S)
+    whole = (stop - start) // BLOCK_S
+    for block in range(whole):
+        _score_block(
+            codes_ptr, norms_ptr, out_ptr, start + block * BLOCK_S, words, low_words, q_first, q_second, factor,
+            r, R, S, CODES_STRIDE_S, D, PLANES, BLOCK_R, BLOCK_S, BLOCK_P, False,
+        )  # fmt: skip
+    if start + whole * BLOCK_S < stop:
+        _score_block(
+            codes_ptr, norms_ptr, out_ptr, start + whole * BLOCK_S, words, low_words, q_first, q_second, factor,
+            r, R, S, CODES_STRIDE_S, D, PLANES, BLOCK_R, BLOCK_S, BLOCK_P, True,
+        )  # fmt: skip
