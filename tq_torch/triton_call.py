@@ -17,7 +17,7 @@ except ImportError:  # a Triton without Gluon, or with another one
 
 INTERPRETED = not isinstance(scores.scores_kernel, JITFunction)  # TRITON_INTERPRET=1 when the kernel was imported
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
-GLUON_ROWS = 64  # past which the work is a matmul, and Triton's warpgroups do it faster
+GLUON_ROWS = 512  # past which the work is a matmul, and Triton's warpgroups do it faster
 
 
 def can_do(implementation: str, q: torch.Tensor) -> bool:
