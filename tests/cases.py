@@ -48,7 +48,7 @@ CASES = [
     ),
     *(replace(BASE, values=v, table="random") for v in ("not finite", "subnormal", "huge")),
     *(replace(BASE, values="subnormal", dtype=dtype) for dtype in ("bfloat16", "float16")),
-    *(replace(BASE, scale=scale) for scale in (0.0, -1.5, 1e-40, 1e30)),
+    *(replace(BASE, scale=scale) for scale in (0.0, -0.0, -1.5, 1e-40, 1e30)),
     replace(BASE, B=1, K=1, G=1, T=1, S=1, D=2),
     replace(BASE, B=3, K=5, G=3, T=2, S=129, D=96, table="random", dtype="bfloat16", values="not finite"),
     *(replace(BASE, S=0, T=T) for T in (1, 0)),

@@ -360,6 +360,15 @@ def test_torch_centroids_changed_in_place_are_read_again():
         module(q, codes, norms, centroids)
 
 
+def test_torch_centroids_changed_in_inference_mode_are_read_again():
+    (q, codes, norms, _), given = torch_arguments()
+    with torch.inference_mode():
+        centroids = torch.tensor(given.centroids, device=DEVICE)
+        before = Scores(given)(q, codes, norms, centroids)
+        centroids.mul_(2)
+        assert_same_bits(to_numpy(Scores(given)(q, codes, norms, centroids)), to_numpy(before * 2))
+
+
 def test_torch_inference_mode_first_then_training():
     keys, query, _ = keys_and_query()
     quantizer = Quantizer(64, seed=123)

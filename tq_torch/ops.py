@@ -112,7 +112,7 @@ def fused_qk_scores(
         strides along B, K and S: a slice of a larger cache is read in place.
       norms: [B, K, S] float32.
       centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one. Read to the
-        host once per tensor and version: change it and the next call waits for the device.
+        host once per tensor and version (made in inference mode: at every call), which waits for the device.
       scale: finite; usually 1/√D.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
@@ -132,7 +132,7 @@ def fused_qk_scores(
     checks.check_centroids(centroids)
     named = {"q_rotated": q_rotated, "packed_indices": packed_indices, "norms": norms, "centroids": centroids}
     checks.check_devices({name: tensor.device for name, tensor in named.items()})
-    return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, float(scale), implementation)
+    return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, checks.as_scale(scale), implementation)
 
 
 def attention_scores(query: torch.Tensor, keys: PackedVectors, *, scale: float | None = None) -> torch.Tensor:
@@ -151,7 +151,7 @@ def attention_scores(query: torch.Tensor, keys: PackedVectors, *, scale: float |
     """
     checks.check_attention_scores(query, keys, scale)
     heads = query.shape[1], keys.codes.shape[1]
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else checks.as_scale(scale)
     named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms}
     checks.check_devices({name: tensor.device for name, tensor in named.items()})
     rotated = rotate(query, keys.quantizer)
@@ -319,9 +319,9 @@ _WORDS = WeakTensorKeyDictionary()
 
 def _table_words(centroids: torch.Tensor) -> torch.Tensor:
     """`ScoreTable.words` on the device of `centroids`, kept with the tensor until it changes or goes."""
-    version = 0 if centroids.is_inference() else centroids._version
+    version = None if centroids.is_inference() else centroids._version  # an inference tensor counts no changes
     known = _WORDS.get(centroids)
-    if known is None or known[0] != version:
+    if version is None or known is None or known[0] != version:
         values = centroids.detach().cpu().numpy()
         checks.check_centroid_values(values)
         known = _WORDS[centroids] = version, _words_on(values, centroids.device)

@@ -74,6 +74,11 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"`scale` must be a finite number within float32, got {scale!r}.")
 
 
+def as_scale(scale: Any) -> float:
+    """A checked scale as the float that counts: -0 as +0, since caches of compiled programs take the two for one."""
+    return float(scale) + 0.0
+
+
 def check_centroid_values(centroids: NDArray[np.float32]) -> None:
     """What can be seen of `centroids` only once they are concrete."""
     if not np.all(np.isfinite(centroids)) or np.any(centroids[1:] < centroids[:-1]):

@@ -127,7 +127,7 @@ def fused_qk_scores(
     e = exponent(bits, QUERY_LIMIT)
     with np.errstate(all="ignore"):
         n = np.rint(np.where((bits < INFINITY_BITS)[..., None], q * power_of_two(-e)[..., None], 0)).astype(np.int32)
-        unit = flush(flush(np.float32(scale)) * table.step)
+        unit = flush(flush(np.float32(checks.as_scale(scale))) * table.step)
         row = np.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), np.float32(np.nan))
         column = np.where(np.isfinite(norms), flush(norms), np.float32(np.nan))
         total = _integer_products(n, table.planes, unpack(packed_indices))

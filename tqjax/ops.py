@@ -140,7 +140,7 @@ def fused_qk_scores(
         values = np.asarray(centroids)
         checks.check_centroid_values(values)
         words = jnp.asarray(fixed_point.score_table(values).words)
-    return _scores(*arrays, words, float(scale), implementation)
+    return _scores(*arrays, words, checks.as_scale(scale), implementation)
 
 
 def attention_scores(query: jax.Array, keys: PackedVectors, *, scale: float | None = None) -> jax.Array:
