@@ -1,6 +1,8 @@
 """Sets up the backends before anything imports them, and counts what was skipped."""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,17 @@ if not torch.cuda.is_available():
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def in_compiling_process():
+    """Calls a function in its own process: where TRITON_INTERPRET is set, Triton's functions are not compilable."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()  # starts it, with the environment as it is now
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def pytest_addoption(parser):

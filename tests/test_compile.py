@@ -1,9 +1,6 @@
 """Every kernel compiles for sm_80, sm_90 and sm_100, here and now, with no GPU; the main ones spill nothing."""
 
 import itertools
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -90,15 +87,9 @@ def compile_and_measure(kernel, shape, capability, options):
     return resources(compiled, capability), compiled.asm["ptx"]
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    """A process of its own: where TRITON_INTERPRET is set, Triton's functions are not compilable."""
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
-        yield lambda *arguments, **options: pool.submit(compile_and_measure, *arguments, options).result()
+@pytest.fixture
+def compiler(in_compiling_process):
+    return lambda *arguments, **options: in_compiling_process(compile_and_measure, *arguments, options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,10 +1,7 @@
 """The Triton kernel launched from JAX: what it lowers to, and how it batches. A CUDA device also checks its bits."""
 
 import contextlib
-import multiprocessing
-import os
 import re
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -84,17 +81,11 @@ def abstract_gpu():
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-@pytest.fixture(scope="module")
-def lowered():
-    """`kernel_calls` in a process of its own: where TRITON_INTERPRET is set, Triton's functions are not compilable."""
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
-        yield lambda case, implementation="triton", without_pallas=False: pool.submit(
-            kernel_calls, case, implementation, without_pallas
-        ).result()
+@pytest.fixture
+def lowered(in_compiling_process):
+    return lambda case, implementation="triton", without_pallas=False: in_compiling_process(
+        kernel_calls, case, implementation, without_pallas
+    )
 
 
 @pytest.fixture
