@@ -134,7 +134,8 @@ def tell(report: dict) -> None:
     """The table, and what a reader of it should know."""
     Console(width=None if sys.stdout.isatty() else 160).print(table(report))
     for one in report["not_run"]:
-        print(f"not run: {one['case']} {one['front']}/{one['implementation']}: {one['reason'][:200]}")
+        what = f"{one['front']}/{one['implementation']}" if one["front"] else "all"
+        print(f"not run: {one['case']} {what}: {one['reason'][:200]}")
     for row in report["rows"]:
         if not row["host_ahead"] and report["method"] != "dry run":
             print(f"host not ahead, an upper bound: {label(row)} {row['front']}/{row['implementation']}")

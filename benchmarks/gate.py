@@ -8,6 +8,7 @@ import torch
 from inputs import Case, InputSets
 
 import tqcore
+from tqcore.packing import unpack
 
 BITS_OF_THE_ORACLE = 0.0  # as tolerances
 EVERY_SCORE_WRITTEN = float("inf")
@@ -50,8 +51,7 @@ def make_references(case: Case, sets: InputSets, centroids: np.ndarray) -> list[
         q, codes, norms = q[:, t], codes[s], norms[s]
         packed = q[None], codes[None, None], norms[None, None], centroids, sets.scale
         oracle = tqcore.fused_qk_scores(*packed, n_q_heads=case.G, n_kv_heads=1)[0]
-        indices = np.stack([codes >> 4, codes & 15], -1).reshape(len(s), case.D)
-        keys = centroids.astype(np.float64)[indices] * norms[:, None]
+        keys = centroids.astype(np.float64)[unpack(codes, np)] * norms[:, None]
         exact = sets.scale * (q.astype(np.float64) @ keys.T)
         references.append(Reference(batch, heads, *on_device, oracle, exact))
     return references

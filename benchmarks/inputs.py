@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import triton
 
+from tqcore.packing import unpack
+
 CACHE_BYTES = 3 * 60 * 2**20  # three times the L2 of an H200
 LARGEST_BURST = 48
 
@@ -109,6 +111,5 @@ class InputSets:
         return self._known[front, dtype]
 
     def _dense(self, q, codes, norms, dtype):
-        even, odd = self.table[(codes >> 4).int()], self.table[(codes & 15).int()]
-        keys = torch.stack([even, odd], -1).flatten(-2) * norms[..., None]
+        keys = self.table[unpack(codes, torch).int()] * norms[..., None]
         return (q * self.scale).to(dtype), keys.to(dtype)

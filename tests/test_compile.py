@@ -8,7 +8,7 @@ import pytest
 from cubin import compile_kernel, compile_ttir, pallas_ttir, resources
 
 from tqcore import tuning
-from tqcore.kernels import gluon_scores, scores
+from tqcore.kernels import gluon_scores, score_constants, scores
 from tqjax import pallas_scores
 
 CAPABILITIES = [80, 90, 100]
@@ -54,14 +54,7 @@ def gluon_kernel(head_dim, planes, rows, dtype, capability, **options):
 
 
 def _jitted(kernel, config, head_dim, planes, dtype, capability, constants, options):
-    constants |= {
-        "CODES_STRIDE_S": head_dim // 2,
-        "D": head_dim,
-        "PLANES": planes,
-        "BLOCK_R": config.block_r,
-        "BLOCK_S": config.block_s,
-        "BLOCK_P": tuning.packed_block(head_dim),
-    }
+    constants |= score_constants(config, head_dim, planes, head_dim // 2)
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     return compile_kernel(kernel, SIGNATURE | {"q_ptr": f"*{dtype}"}, constants, capability, **options)
 

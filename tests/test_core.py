@@ -120,9 +120,9 @@ def test_a_coordinate_on_a_boundary_takes_the_lower_index():
     x = tqcore.unrotate(rotated, quantizer)
     again = tqcore.rotate(x, quantizer)[0, 0]
     norm = np.float32(tqcore.compress(x, quantizer).norms[0])
-    index = packing.unpack(tqcore.compress(x, quantizer).codes)[0, 0]
+    index = packing.unpack(tqcore.compress(x, quantizer).codes, np)[0, 0]
     assert index == 2 + (again > np.float32(boundary) * norm)
-    zero = packing.unpack(tqcore.compress(np.zeros((1, 4), np.float32), quantizer).codes)
+    zero = packing.unpack(tqcore.compress(np.zeros((1, 4), np.float32), quantizer).codes, np)
     assert np.all(zero == 1)  # +0 lies on the middle boundary
 
 
@@ -161,7 +161,7 @@ def test_nbytes_and_shape():
 def test_scores_are_near_the_float64_product(table, head_dim):
     given = inputs(Case(D=head_dim, T=3, table=table))
     centroids = np.pad(given.centroids, (0, 16 - len(given.centroids)), mode="edge").astype(np.float64)
-    keys = centroids[packing.unpack(given.packed_indices)] * given.norms[..., None]
+    keys = centroids[packing.unpack(given.packed_indices, np)] * given.norms[..., None]
     keys = np.repeat(keys, given.n_q_heads // given.n_kv_heads, axis=1)
     assert_close(oracle(given), given.q_rotated.astype(np.float64) @ keys.swapaxes(-1, -2) * given.scale, 2e-4)
 
@@ -170,7 +170,7 @@ def test_scores_follow_the_format_in_rational_arithmetic():
     """docs/format.md, step by step, on one score, in exact fractions."""
     given = inputs(BASE)
     q, norm = given.q_rotated[0, 0, 0], given.norms[0, 0, 5]
-    indices = packing.unpack(given.packed_indices)[0, 0, 5]
+    indices = packing.unpack(given.packed_indices, np)[0, 0, 5]
     largest, e = Fraction(float(np.abs(q).max())), -100
     while largest > fixed_point.QUERY_LIMIT * Fraction(2) ** e:
         e += 1
@@ -202,7 +202,7 @@ def test_one_plane_and_two_give_the_same_bits(table):
         return
     two = fixed_point.ScoreTable(np.stack([np.zeros_like(one.planes[0]), one.planes[0]]), one.step)
     n = np.random.default_rng(5).integers(-16319, 16320, (1, 2, 4, 128)).astype(np.int32)
-    indices = packing.unpack(given.packed_indices)[:1]
+    indices = packing.unpack(given.packed_indices, np)[:1]
     products = [tqcore.reference._integer_products(n, t.planes, indices) for t in (one, two)]
     assert np.array_equal(*products)
 
@@ -210,4 +210,4 @@ def test_one_plane_and_two_give_the_same_bits(table):
 def test_packing_puts_the_even_coordinate_high():
     assert packing.pack(np.array([[1, 2, 15, 0]], np.uint8)).tolist() == [[0x12, 0xF0]]
     everything = np.arange(256, dtype=np.uint8)
-    assert np.array_equal(packing.pack(packing.unpack(everything[None])), everything[None])
+    assert np.array_equal(packing.pack(packing.unpack(everything[None], np)), everything[None])

@@ -166,7 +166,7 @@ def test_encoders_agree_with_the_oracle(package, head_dim, dtype):
     keys = np.asarray(jnp.asarray(keys).astype(dtype))
     expected = tqcore.compress(keys, Quantizer(head_dim))
     packed = package.compress(to_array(package, keys), Quantizer(head_dim)).map(to_numpy)
-    flips = np.abs(packing.unpack(packed.codes).astype(int) - packing.unpack(expected.codes))
+    flips = np.abs(packing.unpack(packed.codes, np).astype(int) - packing.unpack(expected.codes, np))
     ulps = np.abs(packed.norms.view(np.int32).astype(int) - expected.norms.view(np.int32))
     if not CUDA and head_dim & (head_dim - 1) == 0:
         assert not flips.any() and not ulps.any()
@@ -230,7 +230,7 @@ def test_jax_gradients_are_those_of_the_linear_map(implementation):
         return jnp.sum(scores * weights)
 
     def dense(q, norms, centroids):
-        keys = jnp.repeat(centroids[packing.unpack(given.packed_indices)] * norms[..., None], 4, axis=1)
+        keys = jnp.repeat(centroids[packing.unpack(given.packed_indices, np)] * norms[..., None], 4, axis=1)
         return jnp.sum(jnp.einsum("bhtd,bhsd->bhts", q, keys, precision="highest") * given.scale * weights)
 
     got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, norms, centroids)
@@ -342,7 +342,7 @@ def test_torch_gradients_are_those_of_the_linear_map(implementation):
     )
     weights = torch.randn_like(scores)
     (scores * weights).sum().backward()
-    indices = torch.tensor(packing.unpack(given.packed_indices).astype(np.int64), device=DEVICE)
+    indices = torch.tensor(packing.unpack(given.packed_indices, np).astype(np.int64), device=DEVICE)
     keys = (twins[2][indices] * twins[1][..., None]).repeat_interleave(4, 1)
     (twins[0] @ keys.mT * given.scale * weights).sum().backward()
     for got, expected in zip(leaves, twins, strict=True):

@@ -14,7 +14,10 @@ from tqcore.fixed_point import (
     QUERY_LIMIT,
     SMALLEST_NORMAL,
     ScoreTable,
+    split,
+    tree_sum,
 )
+from tqcore.packing import pack, unpack
 from tqcore.quantizer import Quantizer
 
 
@@ -39,18 +42,17 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
     usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = torch.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = torch.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
-    length = _tree_sum(scaled * scaled).double().sqrt().float()  # torch's float32 root is not always the nearest
+    length = tree_sum(scaled * scaled, torch).double().sqrt().float()  # torch's float32 root is not always the nearest
     rotated, radius = rotate(scaled, quantizer), torch.where(usable, length, 1.0)[..., None]
     indices = torch.zeros(rotated.shape, dtype=torch.uint8, device=x.device)
     for boundary in quantizer.codebook.boundaries.tolist():
         indices += rotated > boundary * radius
-    codes = (indices[..., 0::2] << 4) | indices[..., 1::2]
-    return codes, torch.where(finite, length * power_of_two(e), float("nan"))
+    return pack(indices), torch.where(finite, length * power_of_two(e), float("nan"))
 
 
 def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     table = _pad(centroids(quantizer, codes.device))
-    return unrotate(table[unpack(codes)], quantizer) * norms[..., None]
+    return unrotate(table[unpack(codes, torch).long()], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
@@ -65,7 +67,7 @@ def fused_qk_scores(q, codes, norms, words, scale):
     unit = flush(flush(torch.full_like(step, scale)) * step)
     row = torch.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), float("nan"))
     column = torch.where(torch.isfinite(norms), flush(norms), float("nan"))
-    total = _integer_products(n, planes, unpack(codes))
+    total = _integer_products(n, planes, unpack(codes, torch).long())
     scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, keys)
 
@@ -79,7 +81,7 @@ def score_gradients(grad, q, codes, norms, centroids, scale):
     kv_heads, keys = codes.shape[1:3]
     rows = (batch, kv_heads, heads // kv_heads * length)
     grad = grad.float().reshape(*rows, keys) * scale
-    queries, indices = q.float().reshape(*rows, head_dim), unpack(codes)
+    queries, indices = q.float().reshape(*rows, head_dim), unpack(codes, torch).long()
     directions = _pad(centroids)[indices]
     of_q = ((grad * norms[:, :, None, :]) @ directions).reshape(q.shape).to(q.dtype)
     of_keys = grad.mT @ queries
@@ -88,11 +90,6 @@ def score_gradients(grad, q, codes, norms, centroids, scale):
     last = len(centroids) - 1
     of_centroids = torch.zeros_like(centroids).index_add(0, indices.clamp(max=last).flatten(), of_entries)
     return of_q, of_norms, of_centroids
-
-
-def unpack(codes: torch.Tensor) -> torch.Tensor:
-    """[..., D/2] bytes -> [..., D] indices, int64 as torch indexes by."""
-    return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).long()
 
 
 @cache
@@ -146,20 +143,11 @@ def _integer_products(n, planes, indices):
 
     if len(planes) == 1:
         return product(n, planes[0]).float()
-    hi = (n + 64) >> 7
-    lo = n - 128 * hi
+    hi, lo = split(n)
     high = product(hi, planes[0]).float()
     middle = (product(hi, planes[1]) + product(lo, planes[0])).float()
     low = product(lo, planes[1]).float()
     return (high * 128.0 + middle) * 128.0 + low
-
-
-def _tree_sum(x):
-    """Sum over the last axis in the order of `tqcore.reference`."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = torch.cat([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], -1)
-    return x[..., 0]
 
 
 def _pad(table):

@@ -36,9 +36,12 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
 
 
+def is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
 def check_rotation(rotation: Any, head_dim: int) -> None:
-    power_of_two = head_dim & (head_dim - 1) == 0
-    if rotation != "haar" and not (rotation == "hadamard" and power_of_two):
+    if rotation != "haar" and not (rotation == "hadamard" and is_power_of_two(head_dim)):
         raise ValueError(
             "`rotation` must be None, 'haar', or, where head_dim is a power of two, 'hadamard', "
             f"got rotation={rotation!r}, head_dim={head_dim}."
@@ -94,23 +97,11 @@ def check_devices(devices: Mapping[str, Any]) -> None:
 
 
 def check_vectors(x: Any, quantizer: Any) -> None:
-    check_array("x", x, "[..., S, D]", FLOATS)
-    _check_quantizer("quantizer", quantizer)
-    if x.shape[-1] != quantizer.head_dim:
-        raise ValueError(
-            "the last axis of `x` must be the quantizer's head_dim, "
-            f"got shape {list(x.shape)}, head_dim={quantizer.head_dim}."
-        )
+    _check_width("x", x, "[..., S, D]", quantizer)
 
 
 def check_rotated(x: Any, quantizer: Any) -> None:
-    check_array("x", x, "[..., D]", FLOATS)
-    _check_quantizer("quantizer", quantizer)
-    if not x.shape or x.shape[-1] != quantizer.head_dim:
-        raise ValueError(
-            "the last axis of `x` must be the quantizer's head_dim, "
-            f"got shape {list(x.shape)}, head_dim={quantizer.head_dim}."
-        )
+    _check_width("x", x, "[..., D]", quantizer)
 
 
 def check_packed(name: str, packed: Any) -> None:
@@ -165,6 +156,17 @@ def check_attention_scores(query, keys, scale) -> None:
         )
     if scale is not None:
         check_scale(scale)
+
+
+def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
+    """Floats whose last axis is the quantizer's head_dim."""
+    check_array(name, x, axes, FLOATS)
+    _check_quantizer("quantizer", quantizer)
+    if not x.shape or x.shape[-1] != quantizer.head_dim:
+        raise ValueError(
+            f"the last axis of `{name}` must be the quantizer's head_dim, "
+            f"got shape {list(x.shape)}, head_dim={quantizer.head_dim}."
+        )
 
 
 def _check_quantizer(name: str, quantizer: Any) -> None:

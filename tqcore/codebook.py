@@ -177,17 +177,17 @@ class Codebook:
     def levels(self) -> NDArray[np.int8]:
         """[2^bits] int8, ascending."""
         positive = _solution(self.head_dim, self.bits)[1]
-        return _frozen(np.array([-level for level in reversed(positive)] + list(positive), np.int8))
+        return frozen(np.array([-level for level in reversed(positive)] + list(positive), np.int8))
 
     @cached_property
     def centroids(self) -> NDArray[np.float32]:
         """[2^bits] float32, ascending, exact."""
-        return _frozen(np.ldexp(self.levels.astype(np.float32), -self.exponent))
+        return frozen(np.ldexp(self.levels.astype(np.float32), -self.exponent))
 
     @cached_property
     def boundaries(self) -> NDArray[np.float32]:
         """[2^bits - 1] float32, the exact midpoints between centroids; a coordinate on one goes down."""
-        return _frozen((self.centroids[1:] + self.centroids[:-1]) / 2)
+        return frozen((self.centroids[1:] + self.centroids[:-1]) / 2)
 
     @cached_property
     def distortion(self) -> float:
@@ -195,7 +195,8 @@ class Codebook:
         return expected_distortion(self.centroids.astype(np.float64), self.head_dim)
 
 
-def _frozen(array: NDArray) -> NDArray:
+def frozen(array: NDArray) -> NDArray:
+    """The array, read-only from now on."""
     array.setflags(write=False)
     return array
 

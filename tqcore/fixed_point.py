@@ -6,7 +6,7 @@ entries are int8 multiples of a power of two, else two planes.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +45,21 @@ def power_of_two(e: NDArray[np.int32] | int) -> NDArray[np.float32]:
     return ((np.asarray(e, np.int32) + 127) << 23).view(np.float32)
 
 
-def split(n: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """n = 128·hi + lo with lo in [-64, 63]."""
+def split(n: Any) -> tuple[Any, Any]:
+    """Integers of any library as n = 128·hi + lo with lo in [-64, 63]."""
     hi = (n + 64) >> 7
     return hi, n - 128 * hi
+
+
+def tree_sum(x: Any, xp: Any) -> Any:
+    """Sum over the last axis by halving it: x[i] + x[i + half], an odd last element carried.
+
+    A fixed order of float32 additions. `xp` is the library of x: numpy, jax.numpy or torch.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = xp.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], -1)
+    return x[..., 0]
 
 
 def flush(x: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
@@ -77,10 +88,15 @@ class ScoreTable:
         return np.append(levels, self.step.view(np.int32))
 
 
+def pad_table(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[L] -> [16], the last entry repeated."""
+    return np.pad(table, (0, ScoreTable.ENTRIES - len(table)), mode="edge")
+
+
 def score_table(centroids: NDArray[np.float32]) -> ScoreTable:
     """The int8 form of a table of 1 to 16 ascending finite entries."""
     bits = magnitude_bits(centroids)
-    padded = np.pad(centroids, (0, ScoreTable.ENTRIES - len(centroids)), mode="edge")
+    padded = pad_table(centroids)
     e = exponent(bits, LEVEL_LIMIT)
     levels = padded * power_of_two(-e)
     if np.all(levels == np.rint(levels)):

@@ -1,16 +1,16 @@
-"""Four-bit indices in bytes: coordinate 2j in the high nibble of byte j, coordinate 2j+1 in the low one."""
+"""Four-bit indices in bytes: coordinate 2j in the high nibble of byte j, coordinate 2j+1 in the low one.
 
-import numpy as np
-from numpy.typing import NDArray
+For arrays of any library; `xp` is theirs: numpy, jax.numpy or torch.
+"""
 
-
-def pack(indices: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[..., D] indices below 16 -> [..., D/2] bytes."""
-    return (indices[..., 0::2] << np.uint8(4)) | indices[..., 1::2]
+from typing import Any
 
 
-def unpack(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pack(indices: Any) -> Any:
+    """[..., D] uint8 indices below 16 -> [..., D/2] bytes."""
+    return (indices[..., 0::2] << 4) | indices[..., 1::2]
+
+
+def unpack(codes: Any, xp: Any) -> Any:
     """[..., D/2] bytes -> [..., D] indices."""
-    return np.stack([codes >> np.uint8(4), codes & np.uint8(15)], axis=-1).reshape(
-        *codes.shape[:-1], 2 * codes.shape[-1]
-    )
+    return xp.stack([codes >> 4, codes & 15], -1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])

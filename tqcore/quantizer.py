@@ -34,7 +34,7 @@ class Quantizer:
         checks.check_bits(self.bits)
         checks.check_seed(self.seed)
         if self.rotation is None:
-            power_of_two = self.head_dim & (self.head_dim - 1) == 0
+            power_of_two = checks.is_power_of_two(self.head_dim)
             object.__setattr__(self, "rotation", "hadamard" if power_of_two else "haar")
         checks.check_rotation(self.rotation, self.head_dim)
 

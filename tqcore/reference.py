@@ -15,9 +15,11 @@ from tqcore.fixed_point import (
     exponent,
     flush,
     magnitude_bits,
+    pad_table,
     power_of_two,
     score_table,
     split,
+    tree_sum,
 )
 from tqcore.packing import pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
@@ -51,7 +53,7 @@ def compress(x: NDArray, quantizer: Quantizer) -> PackedVectors:
     usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = np.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = np.where(usable[..., None], x, np.float32(0)) * power_of_two(-e)[..., None]
-    length = np.sqrt(_tree_sum(scaled * scaled))
+    length = np.sqrt(tree_sum(scaled * scaled, np))
     rotated, radius = rotate(scaled, quantizer), np.where(usable, length, np.float32(1))[..., None]
     indices = np.zeros(rotated.shape, np.uint8)
     for boundary in quantizer.codebook.boundaries:
@@ -76,8 +78,8 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
     """
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
-    centroids = _padded_centroids(packed.quantizer)
-    vectors = unrotate(centroids[unpack(packed.codes)], packed.quantizer) * packed.norms[..., None]
+    centroids = pad_table(packed.quantizer.codebook.centroids)
+    vectors = unrotate(centroids[unpack(packed.codes, np)], packed.quantizer) * packed.norms[..., None]
     return vectors.astype(checks.dtype_name(dtype))
 
 
@@ -130,7 +132,7 @@ def fused_qk_scores(
         unit = flush(flush(np.float32(checks.as_scale(scale))) * table.step)
         row = np.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), np.float32(np.nan))
         column = np.where(np.isfinite(norms), flush(norms), np.float32(np.nan))
-        total = _integer_products(n, table.planes, unpack(packed_indices))
+        total = _integer_products(n, table.planes, unpack(packed_indices, np))
         scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, norms.shape[-1])
 
@@ -184,16 +186,3 @@ def _integer_products(
     middle = (product(hi, planes[1]) + product(lo, planes[0])).astype(np.float32)
     low = product(lo, planes[1]).astype(np.float32)
     return (high * np.float32(128) + middle) * np.float32(128) + low
-
-
-def _tree_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum over the last axis by halving it, in float32: x[i] + x[i + half], an odd last element carried."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = np.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], axis=-1)
-    return x[..., 0]
-
-
-def _padded_centroids(quantizer: Quantizer) -> NDArray[np.float32]:
-    centroids = quantizer.codebook.centroids
-    return np.pad(centroids, (0, 16 - len(centroids)), mode="edge")

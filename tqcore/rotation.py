@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from tqcore import checks
+from tqcore.codebook import frozen
 from tqcore.quantizer import Quantizer
 
 SPAWN_KEY = tuple(b"turboquant.rotation")
@@ -78,7 +79,7 @@ def signs(quantizer: Quantizer) -> NDArray[np.float32]:
     """[D] of ±1: coordinate i is negated where bit i % 64 of the stream's word i // 64 is set."""
     words = _raw_words(quantizer.seed, -(-quantizer.head_dim // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: quantizer.head_dim]
-    return _frozen(np.where(bits, np.float32(-1), np.float32(1)))
+    return frozen(np.where(bits, np.float32(-1), np.float32(1)))
 
 
 @cache
@@ -86,16 +87,11 @@ def matrix(quantizer: Quantizer) -> NDArray[np.float32]:
     """R as [D, D] float32, so that rotate(x) is x @ R.T."""
     head_dim = quantizer.head_dim
     if quantizer.rotation == "hadamard":
-        return _frozen(rotate(np.eye(head_dim, dtype=np.float32), quantizer).T.copy())
+        return frozen(rotate(np.eye(head_dim, dtype=np.float32), quantizer).T.copy())
     uniform = ((_raw_words(quantizer.seed, head_dim**2) >> np.uint64(11)) + 0.5) * 2.0**-53
     q, r = np.linalg.qr(ndtri(uniform).reshape(head_dim, head_dim))
-    return _frozen((q * np.sign(np.diagonal(r))).astype(np.float32))
+    return frozen((q * np.sign(np.diagonal(r))).astype(np.float32))
 
 
 def _raw_words(seed: int, count: int) -> NDArray[np.uint64]:
     return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=SPAWN_KEY)).random_raw(count)
-
-
-def _frozen(array: NDArray) -> NDArray:
-    array.setflags(write=False)
-    return array

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+MAX_HEAD_DIM = 256  # of the kernels
 PROCESSORS = 132  # of an H200; launches on other devices follow the same rule
 LONGEST = 16  # steps of a program, where shorter ones fill the device too
 

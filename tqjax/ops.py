@@ -11,7 +11,7 @@ from jax.core import Tracer
 from numpy.typing import NDArray
 
 import tqcore
-from tqcore import checks, fixed_point
+from tqcore import checks, fixed_point, tuning
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import triton_call, xla
 
@@ -139,7 +139,7 @@ def fused_qk_scores(
     else:
         values = np.asarray(centroids)
         checks.check_centroid_values(values)
-        words = jnp.asarray(fixed_point.score_table(values).words)
+        words = jnp.asarray(_words(values.tobytes()))
     return _scores(*arrays, words, checks.as_scale(scale), implementation)
 
 
@@ -190,6 +190,12 @@ _compress = jax.jit(xla.compress, static_argnums=1)
 _decompress = jax.jit(xla.decompress, static_argnums=1)
 
 
+@functools.lru_cache(maxsize=64)
+def _words(centroids: bytes) -> NDArray[np.int32]:
+    """`ScoreTable.words` of a table given by its bytes, kept for calls outside `jit`."""
+    return fixed_point.score_table(np.frombuffer(centroids, np.float32)).words
+
+
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _implement(q, codes, norms, words, scale, implementation):
     """Calls one implementation; `None` and "pallas_triton" choose by the platform that this is lowered for."""
@@ -215,7 +221,7 @@ def _implement(q, codes, norms, words, scale, implementation):
 def _kernels(head_dim):
     """The kernels that can do this head_dim on CUDA, the preferred one first."""
     kernels = {}
-    if pallas_scores is not None and head_dim <= pallas_scores.MAX_HEAD_DIM:
+    if pallas_scores is not None and head_dim <= tuning.MAX_HEAD_DIM:
         kernels["pallas_triton"] = pallas_scores.fused_qk_scores
     if triton_call.INSTALLED and head_dim <= triton_call.MAX_HEAD_DIM:
         for name in ("triton", "gluon"):

@@ -22,7 +22,6 @@ from jax.experimental.pallas import triton as plgpu
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT, ROUNDER, ROUNDER_BITS, SMALLEST_NORMAL
 
-MAX_HEAD_DIM = 256
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays of up to 2^32 bytes by signed 32-bit offsets
 
 CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)

@@ -23,10 +23,11 @@ from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
 
 from tqcore import tuning
+from tqcore.kernels import score_constants, score_kernel
 from tqjax import xla
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = tuning.MAX_HEAD_DIM
 TARGET = "__gpu$xla.gpu.ptx"
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int32": "*i32"}
 SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # a block may take, by compute capability
@@ -96,10 +97,12 @@ def _scores(q, codes, norms, words, *, implementation, config, capability):
     batch, heads, length, head_dim = q.shape
     kv_heads, keys, packed_dim = codes.shape[1:]
     rows, kv = heads // kv_heads * length, batch * kv_heads
-    kernel, rule, constants = _kernel(implementation, capability)
+    if implementation == "gluon" and capability // 10 != 9:
+        raise NotImplementedError(f"'gluon' needs a Hopper device, got one of sm_{capability}; 'xla' has no such need.")
+    kernel, rule = score_kernel(implementation)
     config = config or rule(rows, keys, kv, head_dim)
     programs_s, programs_kv, programs_r = config.grid(rows, keys, kv)
-    constants |= {
+    constants = score_constants(config, head_dim, words.shape[0] // 4, packed_dim) | {
         "scale": 1.0,
         "codes_stride_b": kv_heads * keys * packed_dim,
         "codes_stride_k": keys * packed_dim,
@@ -109,13 +112,9 @@ def _scores(q, codes, norms, words, *, implementation, config, capability):
         "R": rows,
         "S": keys,
         "blocks": config.blocks,
-        "CODES_STRIDE_S": packed_dim,
-        "D": head_dim,
-        "PLANES": words.shape[0] // 4,
-        "BLOCK_R": config.block_r,
-        "BLOCK_S": config.block_s,
-        "BLOCK_P": tuning.packed_block(head_dim),
     }
+    if implementation == "triton":
+        constants["PTX"] = True
     return launch(
         kernel,
         [q, codes, norms, words],
@@ -126,19 +125,6 @@ def _scores(q, codes, norms, words, *, implementation, config, capability):
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def _kernel(implementation, capability):
-    """The kernel, the rule of its launches and the constants that it alone has."""
-    if implementation == "triton":
-        from tqcore.kernels.scores import scores_kernel
-
-        return scores_kernel, tuning.score_config, {"PTX": True}
-    if capability // 10 != 9:
-        raise NotImplementedError(f"'gluon' needs a Hopper device, got one of sm_{capability}; 'xla' has no such need.")
-    from tqcore.kernels.gluon_scores import scores_kernel
-
-    return scores_kernel, tuning.gluon_score_config, {}
 
 
 def launch(kernel, arrays, out, constants, *, grid, capability, **options):

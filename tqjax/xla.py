@@ -16,7 +16,10 @@ from tqcore.fixed_point import (
     QUERY_LIMIT,
     SMALLEST_NORMAL,
     ScoreTable,
+    split,
+    tree_sum,
 )
+from tqcore.packing import pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
@@ -43,17 +46,16 @@ def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
     e = jnp.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = jnp.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
     squares = jnp.minimum(scaled * scaled, QUERY_LIMIT**2)  # changes nothing but keeps XLA from fusing them into adds
-    length = jnp.sqrt(_tree_sum(squares))
+    length = jnp.sqrt(tree_sum(squares, jnp))
     rotated, radius = rotate(scaled, quantizer), jnp.where(usable, length, 1.0)[..., None]
     above = [rotated > boundary * radius for boundary in quantizer.codebook.boundaries]
     indices = functools.reduce(jnp.add, above, jnp.uint8(0))
-    codes = (indices[..., 0::2] << 4) | indices[..., 1::2]
-    return PackedVectors(codes, jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer)
+    return PackedVectors(pack(indices), jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer)
 
 
 def decompress(packed: PackedVectors, dtype) -> jax.Array:
     centroids = _pad(jnp.asarray(packed.quantizer.codebook.centroids))
-    vectors = unrotate(centroids[unpack(packed.codes)], packed.quantizer)
+    vectors = unrotate(centroids[unpack(packed.codes, jnp)], packed.quantizer)
     return (vectors * packed.norms[..., None]).astype(dtype)
 
 
@@ -69,7 +71,7 @@ def fused_qk_scores(q, codes, norms, words, scale):
     unit = flush(flush(jnp.float32(scale)) * step)
     row = jnp.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), jnp.nan)
     column = jnp.where(jnp.isfinite(norms), flush(norms), jnp.nan)
-    total = _integer_products(split(n), planes, unpack(codes))
+    total = _integer_products(split(n), planes, unpack(codes, jnp))
     scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, keys)
 
@@ -79,7 +81,7 @@ def dense_scores(q, codes, norms, centroids, scale):
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = codes.shape[1:3]
     q = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    vectors = _pad(centroids)[unpack(codes)] * norms[..., None]
+    vectors = _pad(centroids)[unpack(codes, jnp)] * norms[..., None]
     scores = jnp.einsum("bkrd,bksd->bkrs", q, vectors, precision=lax.Precision.HIGHEST) * scale
     return scores.reshape(batch, heads, length, keys)
 
@@ -98,11 +100,6 @@ def score_table_words(centroids: jax.Array) -> jax.Array:
     return jnp.append(levels, lax.bitcast_convert_type(step, jnp.int32))
 
 
-def unpack(codes: jax.Array) -> jax.Array:
-    """[..., D/2] bytes -> [..., D] indices."""
-    return jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
-
-
 def magnitude_bits(x: jax.Array) -> jax.Array:
     return jnp.max(lax.bitcast_convert_type(x, jnp.int32) & ABS_MASK, axis=-1, initial=0)
 
@@ -114,11 +111,6 @@ def exponent(bits: jax.Array, limit: int) -> jax.Array:
 
 def power_of_two(e: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((e + 127) << 23, jnp.float32)
-
-
-def split(n: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hi = (n + 64) >> 7
-    return hi, n - 128 * hi
 
 
 def flush(x: jax.Array) -> jax.Array:
@@ -149,14 +141,6 @@ def _unpack_words(words):
     """([1 or 2, 16] int8, step) of `ScoreTable.words`."""
     levels = lax.bitcast_convert_type(words[:-1], jnp.int8).reshape(-1, 16)
     return levels, lax.bitcast_convert_type(words[-1], jnp.float32)
-
-
-def _tree_sum(x):
-    """Sum over the last axis in the order of `tqcore.reference`."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = jnp.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], axis=-1)
-    return x[..., 0]
 
 
 def _pad(centroids):

@@ -21,8 +21,6 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tqcore import fixed_point
 
-MAX_HEAD_DIM = 256
-
 CARRY, BIAS = (gl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
 ABS_MASK = gl.constexpr(fixed_point.ABS_MASK)
 INFINITY_BITS = gl.constexpr(fixed_point.INFINITY_BITS)

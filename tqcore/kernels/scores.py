@@ -11,9 +11,9 @@ Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt
 import triton
 import triton.language as tl
 
-from tqcore import fixed_point
+from tqcore import fixed_point, tuning
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = tuning.MAX_HEAD_DIM
 
 CARRY, BIAS = (tl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
 ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
