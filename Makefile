@@ -27,7 +27,7 @@ lint: $$(SETUP)
 	$(PY) -m pyright --pythonpath $(PY)
 
 gpu: $$(SETUP)  ## the whole suite on a CUDA device; what is skipped fails
-	$(PY) -m pytest -n 8 -q --require -p no:benchmark
+	$(PY) -m pytest -n 14 -q --require -p no:benchmark
 
 bench: $$(SETUP)  ## gate, then time; what changed since the committed results; plots; CUDA
 	$(PY) benchmarks/bench.py

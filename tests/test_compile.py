@@ -8,7 +8,7 @@ import pytest
 from cubin import compile_kernel, compile_ttir, pallas_ttir, resources
 
 from tqcore import tuning
-from tqcore.kernels import gluon_scores, score_constants, scores
+from tqcore.kernels import gluon_long_scores, gluon_scores, score_constants, scores, stages
 from tqjax import pallas_scores
 
 CAPABILITIES = [80, 90, 100]
@@ -44,24 +44,43 @@ SIGNATURE = {
 
 
 def triton_kernel(head_dim, planes, rows, dtype, capability, **options):
-    config = tuning.score_config(rows, KEYS, HEADS, head_dim)
-    return _jitted(scores.scores_kernel, config, head_dim, planes, dtype, capability, {"PTX": True}, options)
+    config = tuning.score_config("triton", rows, KEYS, HEADS, head_dim)
+    constants = score_constants(config, head_dim, planes, head_dim // 2) | {"PTX": True}
+    return _compiled(scores.scores_kernel, {"q_ptr": f"*{dtype}"}, constants, config, capability, options)
 
 
 def gluon_kernel(head_dim, planes, rows, dtype, capability, **options):
-    config = tuning.gluon_score_config(rows, KEYS, HEADS, head_dim)
-    return _jitted(gluon_scores.scores_kernel, config, head_dim, planes, dtype, capability, {}, options)
+    config = tuning.score_config("gluon", rows, KEYS, HEADS, head_dim)
+    constants = score_constants(config, head_dim, planes, head_dim // 2)
+    constants["STAGES"] = stages(config, head_dim // 2)
+    return _compiled(gluon_scores.scores_kernel, {"q_ptr": f"*{dtype}"}, constants, config, capability, options)
 
 
-def _jitted(kernel, config, head_dim, planes, dtype, capability, constants, options):
-    constants |= score_constants(config, head_dim, planes, head_dim // 2)
+def gluon_queries_kernel(head_dim, planes, rows, dtype, capability, **options):
+    signature = {"q_ptr": f"*{dtype}", "table_ptr": "*i32", "scale": "fp32"}
+    signature |= {"planes_ptr": "*i8", "factor_ptr": "*fp32", "R": "i32"}
+    constants = {"D": head_dim, "PLANES": planes, "BLOCK_P": tuning.packed_block(head_dim)}
+    options |= {"num_warps": 1, "enable_fp_fusion": False}
+    return compile_kernel(gluon_long_scores.queries_kernel, signature, constants, capability, **options)
+
+
+def gluon_long_kernel(head_dim, planes, rows, dtype, capability, **options):
+    config = tuning.score_config("gluon_long", 8 * rows, KEYS, HEADS, head_dim)
+    constants = score_constants(config, head_dim, planes, head_dim // 2) | {"STAGES": config.num_stages}
+    first = {"planes_ptr": "*i8", "factor_ptr": "*fp32"}
+    return _compiled(gluon_long_scores.scores_kernel, first, constants, config, capability, options)
+
+
+def _compiled(kernel, first, constants, config, capability, options):
+    """`first` of its signature; the rest is SIGNATURE, in the order of the kernel's arguments."""
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
-    return compile_kernel(kernel, SIGNATURE | {"q_ptr": f"*{dtype}"}, constants, capability, **options)
+    signature = {name: (SIGNATURE | first)[name] for name in kernel.arg_names if name not in constants}
+    return compile_kernel(kernel, signature, constants, capability, **options)
 
 
 def pallas_kernel(head_dim, planes, rows, dtype, capability):
     def scores(q, codes, norms, words):
-        return pallas_scores.fused_qk_scores(q, codes, norms, words, head_dim**-0.5)
+        return pallas_scores.fused_qk_scores(q, codes, norms, words)
 
     dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[dtype]
     shapes = [
@@ -88,7 +107,10 @@ def compiler(in_compiling_process):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("kernel", "capability"),
-    [*itertools.product([triton_kernel, pallas_kernel], CAPABILITIES), (gluon_kernel, 90)],
+    [
+        *itertools.product([triton_kernel, pallas_kernel], CAPABILITIES),
+        *((kernel, 90) for kernel in (gluon_kernel, gluon_queries_kernel, gluon_long_kernel)),
+    ],
     ids=lambda value: getattr(value, "__name__", f"sm_{value}"),
 )
 def test_compiles(compiler, kernel, shape, capability, record_property):
@@ -100,11 +122,11 @@ def test_compiles(compiler, kernel, shape, capability, record_property):
         f"{taken.registers:>3} registers, {taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
     )
     assert taken.cubin_bytes > 0 and taken.registers > 0
-    assert "prmt.b32" in ptx and "mul.rn.ftz.f32" in ptx
-    if (head_dim == 128 and planes == 1) or kernel is gluon_kernel:
+    assert "mul.rn.ftz.f32" in ptx and ("prmt.b32" in ptx or kernel is gluon_queries_kernel)
+    if (head_dim == 128 and planes == 1) or kernel in (gluon_kernel, gluon_queries_kernel):
         assert taken.spill_bytes == 0
-    if kernel is gluon_kernel:
-        assert taken.shared_bytes == 0 and "st.shared" not in ptx  # registers all the way
+    if kernel.__name__.startswith("gluon"):
+        assert "st.shared" not in ptx  # layouts change in registers
 
 
 def test_spills_are_seen(compiler):

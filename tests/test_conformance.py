@@ -1,6 +1,7 @@
 """Exact: every backend returns the oracle's bits, for every case."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from tqcore import fixed_point
 from tqcore.tuning import ScoreConfig
 from tqjax import pallas_scores
 
-KERNELS = ("triton", "pallas_triton", "gluon")
+KERNELS = ("triton", "pallas_triton", "gluon")  # "gluon_long" is the second half of "gluon", for many rows
 GLUON = any(backend.implementation == "gluon" for backend in BACKENDS)
 CONFIGS = [
     ScoreConfig(8, 64, 1, 4, 1),
@@ -40,22 +41,25 @@ def test_scores(backend, case):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("table", ["dyadic", "random"])
-@pytest.mark.parametrize("kernel", ["pallas_triton", "triton", *(["gluon"] if GLUON else [])])
+@pytest.mark.parametrize("kernel", ["pallas_triton", "triton", *(["gluon", "gluon_long"] if GLUON else [])])
 def test_every_launch_configuration(kernel, table, config):
-    given = inputs(Case(B=1, K=2, G=3, T=3, S=777, D=128, table=table))
+    given = inputs(Case(B=1, K=2, G=3, T=23 if kernel == "gluon_long" else 3, S=777, D=128, table=table))
     words = fixed_point.score_table(given.centroids).words
+    unit_words = fixed_point.score_words(given.centroids, given.scale)
+    of_gluon = {
+        "gluon": replace(config, block_s=min(64, config.block_s), num_warps=1),
+        "gluon_long": replace(config, block_s=128, num_warps=4, num_stages=max(2, config.num_stages)),
+    }
     package, launch = {
-        "pallas_triton": (tqjax, lambda *a: pallas_scores.fused_qk_scores(*a, config=config, interpret=not CUDA)),
-        "triton": (tq_torch, lambda *a: triton_call.fused_qk_scores(*a, config=config)),
-        "gluon": (
-            tq_torch,
-            lambda *a: triton_call.fused_qk_scores(
-                *a, implementation="gluon", config=replace(config, block_s=min(64, config.block_s), num_warps=1)
-            ),
-        ),
-    }[kernel]
-    arrays = [to_array(package, x) for x in (given.q_rotated, given.packed_indices, given.norms, words)]
-    assert_same_bits(to_numpy(launch(*arrays, given.scale)), oracle(given))
+        "pallas_triton": (tqjax, partial(pallas_scores.fused_qk_scores, config=config, interpret=not CUDA)),
+        "triton": (tq_torch, partial(triton_call.fused_qk_scores, scale=given.scale, config=config)),
+    }.get(kernel) or (
+        tq_torch,
+        partial(triton_call.fused_qk_scores, scale=given.scale, implementation="gluon", config=of_gluon[kernel]),
+    )
+    table_words = unit_words if package is tqjax else words
+    arrays = [to_array(package, x) for x in (given.q_rotated, given.packed_indices, given.norms, table_words)]
+    assert_same_bits(to_numpy(launch(*arrays)), oracle(given))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -24,8 +24,10 @@ ISOLATION = {
 HOMES = {
     "safetensors": {"tqcore/file.py"},
     "triton": {
+        "tqcore/kernels/__init__.py",
         "tqcore/kernels/scores.py",
         "tqcore/kernels/gluon_scores.py",
+        "tqcore/kernels/gluon_long_scores.py",
         "tq_torch/triton_call.py",
         "tqjax/triton_call.py",
     },

@@ -19,6 +19,7 @@ CASES = [
     Case(B=2, K=2, G=4, T=1, S=65, D=64),
     Case(B=8, K=8, G=4, T=1, S=32768, D=128, dtype="bfloat16"),
     Case(B=1, K=2, G=4, T=17, S=100, D=80, dtype="float16", table="random"),
+    Case(B=1, K=1, G=1, T=1, S=1, D=128),
     Case(B=16400, K=4, G=1, T=1, S=3, D=32),
     Case(B=2, K=4, G=1, T=1, S=9 * 2**20 + 5, D=128),  # strides past 2^31
 ]
@@ -99,10 +100,14 @@ def fresh_traces():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_lowers_to_a_launch_of_the_kernel(lowered, case):
-    ((_, call, operands, results),) = lowered(case)
-    config = tuning.score_config(case.G * case.T, case.S, case.B * case.K, case.D)
-    programs_s, programs_kv, programs_r = config.grid(case.G * case.T, case.S, case.B * case.K)
+@pytest.mark.parametrize("implementation", ["triton", "gluon"])
+def test_lowers_to_a_launch_of_the_kernel(lowered, implementation, case):
+    rows, heads = case.G * case.T, case.B * case.K
+    long = implementation == "gluon" and rows > tuning.LONG_ROWS
+    *converted, (_, call, operands, results) = lowered(case, implementation)
+    assert len(converted) == long
+    config = tuning.score_config("gluon_long" if long else implementation, rows, case.S, heads, case.D)
+    programs_s, programs_kv, programs_r = (config.long_grid if long else config.grid)(rows, case.S, heads)
     assert (call["grid_x"], call["grid_y"], call["grid_z"]) == (programs_s * programs_kv, programs_r, 1)
     assert (call["block_x"], call["block_y"], call["block_z"]) == (32 * config.num_warps, 1, 1)
     ptx = call["kernel_data"]
@@ -163,12 +168,6 @@ def test_cpu_is_refused(disable_jit):
 def test_wide_heads_are_refused():
     with pytest.raises(NotImplementedError, match="'triton' needs .*head_dim up to 256, got head_dim=512.*"):
         jax.eval_shape(scores, *shapes(Case(D=512)))
-
-
-def test_head_dim_is_the_kernels():
-    from tqcore.kernels.scores import MAX_HEAD_DIM
-
-    assert triton_call.MAX_HEAD_DIM == MAX_HEAD_DIM
 
 
 def test_interpreted_kernels_are_refused():

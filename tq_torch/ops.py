@@ -11,6 +11,7 @@ import tqcore
 from tq_torch import eager
 from tqcore import checks, fixed_point
 from tqcore.codebook import Codebook
+from tqcore.kernels import gluon_is_tested
 from tqcore.quantizer import PackedVectors, Quantizer
 
 try:
@@ -228,7 +229,7 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     words = _codebook_words(head_dim, bits, q.device) if centroids is None else _table_words(centroids)
     if 0 in (*q.shape, *codes.shape):
         return q.new_empty(batch, heads, length, codes.shape[2], dtype=torch.float32)
-    implementation = implementation or _fastest(q, rows=heads // codes.shape[1] * length)
+    implementation = implementation or _fastest(q)
     if implementation == "eager":
         return eager.fused_qk_scores(q, codes, norms, words, scale)
     if triton_call is None or not triton_call.can_do(implementation, q):
@@ -238,11 +239,11 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     return triton_call.fused_qk_scores(q, codes, norms, words, scale, implementation=implementation)
 
 
-def _fastest(q, rows):
+def _fastest(q):
     """The implementation for a caller who names none."""
     if triton_call is None or not q.is_cuda:
         return "eager"
-    preferred = ["gluon", "triton"] if triton_call.prefers_gluon(rows) else ["triton"]
+    preferred = ["gluon", "triton"] if gluon_is_tested() else ["triton"]
     return next((name for name in preferred if triton_call.can_do(name, q)), "eager")
 
 

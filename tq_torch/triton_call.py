@@ -3,15 +3,12 @@
 from functools import cache
 
 import torch
-import triton
 from triton.runtime.jit import JITFunction
 
 from tqcore import tuning
-from tqcore.kernels import score_constants, score_kernel
+from tqcore.kernels import load, score_constants, stages
 
-INTERPRETED = not isinstance(score_kernel("triton")[0], JITFunction)  # TRITON_INTERPRET=1 when it was imported
-GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
-GLUON_ROWS = 512  # past which the work is a matmul, and Triton's warpgroups do it faster
+INTERPRETED = not isinstance(load("triton"), JITFunction)  # TRITON_INTERPRET=1 when it was imported
 
 
 def can_do(implementation: str, q: torch.Tensor) -> bool:
@@ -19,11 +16,6 @@ def can_do(implementation: str, q: torch.Tensor) -> bool:
     if q.shape[-1] > tuning.MAX_HEAD_DIM:
         return False
     return _can_run_gluon(q.device) if implementation == "gluon" else q.is_cuda or INTERPRETED
-
-
-def prefers_gluon(rows: int) -> bool:
-    """Whether Gluon is to be chosen for R = T·G rows where the caller names no implementation."""
-    return rows <= GLUON_ROWS and triton.__version__.startswith(GLUON_TESTED_WITH)
 
 
 def fused_qk_scores(
@@ -39,36 +31,47 @@ def fused_qk_scores(
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = codes.shape[1:3]
     rows, kv = heads // kv_heads * length, batch * kv_heads
-    kernel, rule = score_kernel(implementation)
-    config = config or rule(rows, keys, kv, head_dim)
-    ptx = {"PTX": not INTERPRETED and torch.version.hip is None} if implementation == "triton" else {}
+    name = "gluon_long" if implementation == "gluon" and rows > tuning.LONG_ROWS else implementation
+    config = config or tuning.score_config(name, rows, keys, kv, head_dim, _device_name(q.device))
     q = q.contiguous()
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     norms = norms if norms.stride(2) == 1 else norms.contiguous()
     out = q.new_empty(batch, heads, length, keys, dtype=torch.float32)
-    programs_s, programs_kv, programs_r = config.grid(rows, keys, kv)
-    kernel[programs_s * programs_kv, programs_r](
-        q,
-        codes,
-        norms,
-        words,
-        scale,
-        out,
-        codes.stride(0),
-        codes.stride(1),
-        norms.stride(0),
-        norms.stride(1),
-        kv_heads,
-        rows,
-        keys,
-        config.blocks,
-        **score_constants(config, head_dim, words.shape[0] // 4, codes.stride(2)),
-        **ptx,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-    )
+    strides = codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1)
+    constants = score_constants(config, head_dim, words.shape[0] // 4, codes.stride(2))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+    sizes = (*strides, kv_heads, rows, keys, config.blocks)
+    if name == "gluon_long":
+        planes, factor = _converted_queries(q, words, scale, rows, kv, constants)
+        programs_s, _, programs_r = config.long_grid(rows, keys, kv)
+        load(name)[programs_s * kv, programs_r](
+            planes, factor, codes, norms, words, out, *sizes, **constants, STAGES=config.num_stages, **options
+        )
+        return out
+    if name == "gluon":
+        constants["STAGES"] = stages(config, head_dim // 2, codes.data_ptr(), *codes.stride()[:3])
+    else:
+        constants["PTX"] = not INTERPRETED and torch.version.hip is None
+    programs_s, _, programs_r = config.grid(rows, keys, kv)
+    load(name)[programs_s * kv, programs_r](q, codes, norms, words, scale, out, *sizes, **constants, **options)
     return out
+
+
+def _converted_queries(q, words, scale, rows, kv, constants):
+    """Planes [B·K, padded R, 2, 2·BLOCK_P] int8 and factors [B·K, padded R] float32 of all query rows."""
+    block_p, groups = constants["BLOCK_P"], tuning.ceil_div(rows, tuning.ROW_GROUP)
+    planes = q.new_empty(kv, groups * tuning.ROW_GROUP, 2, 2 * block_p, dtype=torch.int8)
+    factor = q.new_empty(kv, groups * tuning.ROW_GROUP, dtype=torch.float32)
+    shape = {name: constants[name] for name in ("D", "PLANES", "BLOCK_P")}
+    load("gluon_queries")[(groups * kv,)](
+        q, words, scale, planes, factor, rows, **shape, num_warps=1, enable_fp_fusion=False
+    )
+    return planes, factor
+
+
+@cache
+def _device_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 @cache
@@ -77,7 +80,7 @@ def _can_run_gluon(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        score_kernel("gluon")
+        load("gluon_long")
     except ImportError:
         return False
     return True

@@ -104,3 +104,14 @@ def score_table(centroids: NDArray[np.float32]) -> ScoreTable:
     e = exponent(bits, QUERY_LIMIT)
     hi, lo = split(np.rint(padded * power_of_two(-e)).astype(np.int32))
     return ScoreTable(np.stack([hi, lo]).astype(np.int8), np.float32(power_of_two(e)))
+
+
+def unit(scale: float, table: ScoreTable) -> np.float32:
+    """scale · step, subnormals as zeros: what a score of one level, one unit of n and norm 1 is worth."""
+    return np.float32(flush(flush(np.float32(scale)) * table.step))
+
+
+def score_words(centroids: NDArray[np.float32], scale: float) -> NDArray[np.int32]:
+    """`ScoreTable.words` with the bits of `unit` in place of those of step."""
+    table = score_table(centroids)
+    return np.append(table.words[:-1], unit(scale, table).view(np.int32))

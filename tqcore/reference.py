@@ -20,6 +20,7 @@ from tqcore.fixed_point import (
     score_table,
     split,
     tree_sum,
+    unit,
 )
 from tqcore.packing import pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
@@ -129,8 +130,9 @@ def fused_qk_scores(
     e = exponent(bits, QUERY_LIMIT)
     with np.errstate(all="ignore"):
         n = np.rint(np.where((bits < INFINITY_BITS)[..., None], q * power_of_two(-e)[..., None], 0)).astype(np.int32)
-        unit = flush(flush(np.float32(checks.as_scale(scale))) * table.step)
-        row = np.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), np.float32(np.nan))
+        row = np.where(
+            bits < INFINITY_BITS, flush(unit(checks.as_scale(scale), table) * power_of_two(e)), np.float32(np.nan)
+        )
         column = np.where(np.isfinite(norms), flush(norms), np.float32(np.nan))
         total = _integer_products(n, table.planes, unpack(packed_indices, np))
         scores = flush(total * flush(column[:, :, None, :] * row[..., None]))

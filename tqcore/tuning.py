@@ -1,10 +1,15 @@
-"""How kernels are launched: block sizes and the grid that follows from them."""
+"""How kernels are launched: block sizes from `tuning.json`, measured per device, and the grid that follows."""
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 MAX_HEAD_DIM = 256  # of the kernels
-PROCESSORS = 132  # of an H200; launches on other devices follow the same rule
-LONGEST = 16  # steps of a program, where shorter ones fill the device too
+ROW_GROUP = 8  # query rows that are converted, and padded, together
+LONG_ROWS = 32  # query rows a key head, past which scores are a product of matrices
+UNKNOWN = "NVIDIA H200"  # whose parameters other devices take
 
 
 @dataclass(frozen=True)
@@ -12,9 +17,9 @@ class ScoreConfig:
     """The launch of a score kernel over R query rows and S keys a key head.
 
     Args:
-      block_r: query rows a program scores, a power of two from 8.
-      block_s: keys a step of its loop reads, a power of two.
-      blocks: steps it takes.
+      block_r: query rows of a block.
+      block_s: keys of a block.
+      blocks: blocks that a program takes: along S, or, in the kernel for many rows, along R.
       num_warps, num_stages: as in Triton.
     """
 
@@ -25,33 +30,48 @@ class ScoreConfig:
     num_stages: int
 
     def grid(self, rows: int, keys: int, heads: int) -> tuple[int, int, int]:
-        """(programs along S, key heads, programs along R)."""
+        """(programs along S, key heads, programs along R) of a kernel whose programs go along S."""
         return ceil_div(keys, self.block_s * self.blocks), heads, ceil_div(rows, self.block_r)
 
-
-def score_config(rows: int, keys: int, heads: int, head_dim: int) -> ScoreConfig:
-    """For R rows, S keys, B·K key heads and D: whole waves of programs, long ones where many rows share the keys."""
-    block_r = min(32, max(8, next_power_of_two(rows)))
-    block_s = 128 if head_dim <= 128 and (block_r <= 16 or rows > 64) else 64
-    resident, longest = (5, LONGEST) if rows <= 64 else (6, keys)
-    blocks = steps(heads * ceil_div(rows, block_r), ceil_div(keys, block_s), resident, longest)
-    return ScoreConfig(block_r, block_s, blocks, num_warps=4, num_stages=3)
+    def long_grid(self, rows: int, keys: int, heads: int) -> tuple[int, int, int]:
+        """The same of one whose programs go along R."""
+        return ceil_div(keys, self.block_s), heads, ceil_div(rows, self.block_r * self.blocks)
 
 
-def gluon_score_config(rows: int, keys: int, heads: int, head_dim: int) -> ScoreConfig:
-    """The same for the Gluon kernel, whose programs are single warps."""
-    block_r = 8 if rows <= 8 else 16
-    block_s = 64 if head_dim > 64 and rows <= 16 else 32
-    blocks = steps(heads * ceil_div(rows, block_r), ceil_div(keys, block_s), resident=16, longest=LONGEST)
-    return ScoreConfig(block_r, block_s, blocks, num_warps=1, num_stages=1)
+def score_config(
+    kernel: str, rows: int, keys: int, heads: int, head_dim: int, device: str | None = None
+) -> ScoreConfig:
+    """The launch of "triton" (or its Pallas twin), "gluon" or "gluon_long" for R rows, S keys, B·K key heads and D.
+
+    Of the device's list, the first entry whose `rows` and `head_dim` are not exceeded; then as many blocks a program,
+    up to `longest`, as make whole waves of programs, `resident` of them a processor. Block sizes, warps and stages
+    never depend on S, so that a growing cache compiles nothing new.
+    """
+    entries = _entries(device)
+    wave = entries["processors"]
+    for entry in entries[kernel]:
+        if rows <= entry.get("rows", rows) and head_dim <= entry.get("head_dim", head_dim):
+            break
+    else:
+        raise LookupError(f"tuning.json has no entry for {kernel}, rows={rows}, head_dim={head_dim}.")
+    wave *= entry["resident"]
+    row_blocks, key_blocks = ceil_div(rows, entry["block_r"]), ceil_div(keys, entry["block_s"])
+    along, across = (row_blocks, key_blocks) if kernel == "gluon_long" else (key_blocks, row_blocks)
+    blocks = steps(heads * across, along, wave, entry["longest"])
+    return ScoreConfig(entry["block_r"], entry["block_s"], blocks, entry["num_warps"], entry["num_stages"])
 
 
-def steps(programs: int, key_blocks: int, resident: int, longest: int) -> int:
-    """Steps of a program so that whole waves of `resident` programs a processor cover `programs` times `key_blocks`."""
-    wave = PROCESSORS * resident
-    waves = max(1, ceil_div(programs * key_blocks, wave * max(1, longest)))
-    programs_s = max(1, wave * waves // max(1, programs))
-    return max(1, ceil_div(key_blocks, programs_s))
+def steps(programs: int, blocks: int, wave: int, longest: int) -> int:
+    """Blocks that a program takes so that whole waves of programs cover `programs` times `blocks`."""
+    waves = max(1, ceil_div(programs * blocks, wave * longest))
+    programs_along = max(1, wave * waves // max(1, programs))
+    return min(longest, max(1, ceil_div(blocks, programs_along)))
+
+
+@cache
+def _entries(device: str | None) -> dict[str, Any]:
+    table = json.loads(Path(__file__).with_suffix(".json").read_text())
+    return table.get(device, table[UNKNOWN])
 
 
 def packed_block(head_dim: int) -> int:

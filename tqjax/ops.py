@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 import tqcore
 from tqcore import checks, fixed_point, tuning
+from tqcore.kernels import gluon_is_tested
 from tqcore.quantizer import PackedVectors, Quantizer
-from tqjax import triton_call, xla
+from tqjax import device, triton_call, xla
 
 try:
     from tqjax import pallas_scores
@@ -120,7 +121,7 @@ def fused_qk_scores(
       n_kv_heads: K.
       implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), "triton" (CUDA
         and an installed Triton, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
-        pallas_triton, triton and xla that can do the case, xla elsewhere.
+        gluon (where all devices are Hoppers), pallas_triton, triton and xla that can do the case, xla elsewhere.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -134,13 +135,14 @@ def fused_qk_scores(
     checks.check_centroids(centroids)
     _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
     arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
+    scale = checks.as_scale(scale)
     if isinstance(centroids, Tracer):
-        words = xla.score_table_words(arrays[3])
+        words = xla.score_words(arrays[3], scale)
     else:
         values = np.asarray(centroids)
         checks.check_centroid_values(values)
-        words = jnp.asarray(_words(values.tobytes()))
-    return _scores(*arrays, words, checks.as_scale(scale), implementation)
+        words = jnp.asarray(_words(values.tobytes(), scale))
+    return _scores(*arrays, words, scale, implementation)
 
 
 def attention_scores(query: jax.Array, keys: PackedVectors, *, scale: float | None = None) -> jax.Array:
@@ -191,26 +193,26 @@ _decompress = jax.jit(xla.decompress, static_argnums=1)
 
 
 @functools.lru_cache(maxsize=64)
-def _words(centroids: bytes) -> NDArray[np.int32]:
-    """`ScoreTable.words` of a table given by its bytes, kept for calls outside `jit`."""
-    return fixed_point.score_table(np.frombuffer(centroids, np.float32)).words
+def _words(centroids: bytes, scale: float) -> NDArray[np.int32]:
+    """`fixed_point.score_words` of a table given by its bytes, kept for calls outside `jit`."""
+    return fixed_point.score_words(np.frombuffer(centroids, np.float32), scale)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _implement(q, codes, norms, words, scale, implementation):
+@functools.partial(jax.jit, static_argnums=4)
+def _implement(q, codes, norms, words, implementation):
     """Calls one implementation; `None` and "pallas_triton" choose by the platform that this is lowered for."""
     batch, heads, length, head_dim = q.shape
     if 0 in (*q.shape, *codes.shape):
         return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
     arrays = q, codes, norms, words
-    plain = functools.partial(xla.fused_qk_scores, scale=scale)
+    plain = xla.fused_qk_scores
     kernels = _kernels(head_dim)
     name = implementation or next(iter(kernels), "xla")
     if name == "xla":
         return plain(*arrays)
     if name not in kernels:
         raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}; 'xla' has no such need.")
-    compiled = functools.partial(kernels[name], scale=scale)
+    compiled = kernels[name]
     if implementation is None:
         return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
     if name != "pallas_triton":
@@ -219,22 +221,24 @@ def _implement(q, codes, norms, words, scale, implementation):
 
 
 def _kernels(head_dim):
-    """The kernels that can do this head_dim on CUDA, the preferred one first."""
+    """The kernels that can do this head_dim on CUDA, the preferred one first: gluon where every device is a Hopper."""
     kernels = {}
     if pallas_scores is not None and head_dim <= tuning.MAX_HEAD_DIM:
         kernels["pallas_triton"] = pallas_scores.fused_qk_scores
-    if triton_call.INSTALLED and head_dim <= triton_call.MAX_HEAD_DIM:
+    if triton_call.INSTALLED and head_dim <= tuning.MAX_HEAD_DIM:
         for name in ("triton", "gluon"):
             kernels[name] = functools.partial(triton_call.fused_qk_scores, implementation=name)
+        if device.all_hopper() and gluon_is_tested():
+            kernels = {"gluon": kernels["gluon"]} | kernels
     return kernels
 
 
 def _scores_primal(q, codes, norms, centroids, words, scale, implementation):
-    return _implement(q, codes, norms, words, scale, implementation)
+    return _implement(q, codes, norms, words, implementation)
 
 
 def _scores_forward(q, codes, norms, centroids, words, scale, implementation):
-    return _implement(q, codes, norms, words, scale, implementation), (q, codes, norms, centroids, words)
+    return _implement(q, codes, norms, words, implementation), (q, codes, norms, centroids, words)
 
 
 def _scores_backward(scale, implementation, saved, cotangent):

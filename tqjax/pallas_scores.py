@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT, ROUNDER, ROUNDER_BITS, SMALLEST_NORMAL
+from tqjax import device
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays of up to 2^32 bytes by signed 32-bit offsets
 
@@ -138,10 +139,9 @@ def _scores_kernel(
     q_ref,  # [R, D] float32 | bfloat16 | float16
     codes_ref,  # [S, P] uint8
     norms_ref,  # [S] float32
-    table_ref,  # [4·planes + 1] int32: the levels' bytes, the bits of the table's step
+    table_ref,  # [4·planes + 1] int32: the levels' bytes, the bits of unit: scale times the table's step
     out_ref,  # [R, S] float32
     *,
-    scale,
     planes,
     block_p,
     config,
@@ -162,11 +162,10 @@ def _scores_kernel(
 
     # unit · 2^e of each row; the two halves of e are alike.
     words = [table_ref[word] for word in range(4 * planes)]
-    step = _float(table_ref[4 * planes])
     e = jnp.max(e.reshape(2, block_r), axis=0)
     power = _float((e + 127) << 23)
-    unit = _multiply(jnp.full(block_r, scale, jnp.float32), jnp.broadcast_to(step, block_r), ptx)
-    factor = _multiply(unit, jnp.where(e == NOT_FINITE, np.float32(np.nan), power), ptx)
+    unit = _float(table_ref[4 * planes])
+    factor = _multiply(jnp.broadcast_to(unit, block_r), jnp.where(e == NOT_FINITE, np.float32(np.nan), power), ptx)
 
     r = pl.program_id(2) * block_r + jnp.arange(block_r)
     start = pl.program_id(0) * config.blocks * block_s
@@ -193,14 +192,14 @@ def _scores_kernel(
     lax.fori_loop(0, config.blocks, score_block, None)
 
 
-def fused_qk_scores(q, codes, norms, words, scale, *, interpret=False, config=None):
-    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words as in ScoreTable -> [B, H, T, S] float32."""
+def fused_qk_scores(q, codes, norms, words, *, interpret=False, config=None):
+    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words with the scale in them -> [B, H, T, S] float32."""
     batch, heads, length, head_dim = q.shape
     kv_heads, keys, packed_dim = codes.shape[1:]
     rows, kv = heads // kv_heads * length, batch * kv_heads
     q, codes, norms = q.reshape(kv, rows, head_dim), codes.reshape(kv, keys, packed_dim), norms.reshape(kv, keys)
-    config = config or tuning.score_config(rows, keys, kv, head_dim)
-    call = functools.partial(_call, words=words, scale=scale, interpret=interpret, config=config)
+    config = config or tuning.score_config("triton", rows, keys, kv, head_dim, device.cuda_kind())
+    call = functools.partial(_call, words=words, interpret=interpret, config=config)
     if MAX_INDEXED_BYTES < math.prod(codes.shape) <= 2 * MAX_INDEXED_BYTES:
         if kv == 1:
             raise NotImplementedError("'pallas_triton' cannot index 2 to 4 GiB of codes of one key head; 'xla' can.")
@@ -211,11 +210,11 @@ def fused_qk_scores(q, codes, norms, words, scale, *, interpret=False, config=No
     return out.reshape(batch, heads, length, keys)
 
 
-def _call(q, codes, norms, *, words, scale, interpret, config):
+def _call(q, codes, norms, *, words, interpret, config):
     """q [N, R, D], codes [N, S, P], norms [N, S] -> [N, R, S] float32, N = B·K."""
     (heads, rows, head_dim), keys = q.shape, norms.shape[1]
     kernel = functools.partial(
-        _scores_kernel, scale=scale, planes=words.shape[0] // 4, config=config, ptx=not interpret,
+        _scores_kernel, planes=words.shape[0] // 4, config=config, ptx=not interpret,
         block_p=tuning.packed_block(head_dim),
     )  # fmt: skip
 

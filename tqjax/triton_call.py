@@ -1,8 +1,8 @@
 """Launches the kernels of `tqcore.kernels`, Triton and Gluon, on JAX arrays, as PTX that XLA's own kernel call takes.
 
 The kernel is compiled while JAX lowers for CUDA, never while it traces: `lax.platform_dependent` traces every branch
-on every platform. XLA's call passes arrays only, so that all else is a constant of the compiled kernel; but the scale
-multiplies the table's step beforehand, since Triton makes a subnormal constant a float64 and loses the sign of -0.
+on every platform. XLA's call passes arrays only, so that all else is a constant of the compiled kernel; the scale is in
+the table's words.
 
 Source: xla/service/gpu/kernel_call.cc reads the attributes that `launch` writes.
 """
@@ -23,13 +23,12 @@ from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
 
 from tqcore import tuning
-from tqcore.kernels import score_constants, score_kernel
-from tqjax import xla
+from tqcore.kernels import load, score_constants, stages
+from tqjax import device
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-MAX_HEAD_DIM = tuning.MAX_HEAD_DIM
 TARGET = "__gpu$xla.gpu.ptx"
-TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int32": "*i32"}
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": "*u8", "int8": "*i8", "int32": "*i32"}
 SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # a block may take, by compute capability
 LEAST_SHARED_KIB = 99  # on the other ones from 8.0
 
@@ -37,11 +36,8 @@ fused_qk_scores_p = Primitive("tq_triton_fused_qk_scores")
 fused_qk_scores_p.def_impl(functools.partial(apply_primitive, fused_qk_scores_p))
 
 
-def fused_qk_scores(q, codes, norms, words, scale, *, implementation="triton", config=None):
-    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words as in ScoreTable -> [B, H, T, S] float32."""
-    step = lax.bitcast_convert_type(words[-1], jnp.float32)
-    unit = xla.flush(xla.flush(jnp.float32(scale)) * step)
-    words = jnp.append(words[:-1], lax.bitcast_convert_type(unit, jnp.int32))
+def fused_qk_scores(q, codes, norms, words, *, implementation="triton", config=None):
+    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words with the scale in them -> [B, H, T, S] float32."""
     return fused_qk_scores_p.bind(q, codes, norms, words, implementation=implementation, config=config)
 
 
@@ -93,43 +89,53 @@ mlir.register_lowering(fused_qk_scores_p, _lower_for_others)
 
 
 def _scores(q, codes, norms, words, *, implementation, config, capability):
-    """The launch; the last of `words` holds the bits of scale · step."""
     batch, heads, length, head_dim = q.shape
     kv_heads, keys, packed_dim = codes.shape[1:]
     rows, kv = heads // kv_heads * length, batch * kv_heads
     if implementation == "gluon" and capability // 10 != 9:
         raise NotImplementedError(f"'gluon' needs a Hopper device, got one of sm_{capability}; 'xla' has no such need.")
-    kernel, rule = score_kernel(implementation)
-    config = config or rule(rows, keys, kv, head_dim)
-    programs_s, programs_kv, programs_r = config.grid(rows, keys, kv)
-    constants = score_constants(config, head_dim, words.shape[0] // 4, packed_dim) | {
-        "scale": 1.0,
+    name = "gluon_long" if implementation == "gluon" and rows > tuning.LONG_ROWS else implementation
+    config = config or tuning.score_config(name, rows, keys, kv, head_dim, device.cuda_kind())
+    strides = {
         "codes_stride_b": kv_heads * keys * packed_dim,
         "codes_stride_k": keys * packed_dim,
         "norms_stride_b": kv_heads * keys,
         "norms_stride_k": keys,
-        "K": kv_heads,
-        "R": rows,
-        "S": keys,
-        "blocks": config.blocks,
     }
-    if implementation == "triton":
-        constants["PTX"] = True
+    shape = score_constants(config, head_dim, words.shape[0] // 4, packed_dim)
+    constants = shape | strides | {"K": kv_heads, "R": rows, "S": keys, "blocks": config.blocks}
+    out = jax.ShapeDtypeStruct((batch, heads, length, keys), jnp.float32)
+    options = {"capability": capability, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    if name == "gluon_long":
+        planes, factor = _converted_queries(q, words, rows, kv, shape, capability)
+        programs_s, _, programs_r = config.long_grid(rows, keys, kv)
+        arrays, constants["STAGES"] = [planes, factor, codes, norms, words], config.num_stages
+    else:
+        programs_s, _, programs_r = config.grid(rows, keys, kv)
+        arrays, constants["scale"] = [q, codes, norms, words], 1.0
+        if name == "gluon":
+            constants["STAGES"] = stages(config, packed_dim)
+        else:
+            constants["PTX"] = True
+    (out,) = launch(load(name), arrays, [out], constants, grid=(programs_s * kv, programs_r), **options)
+    return out
+
+
+def _converted_queries(q, words, rows, kv, shape, capability):
+    """Planes [B·K, padded R, 2, 2·BLOCK_P] int8 and factors [B·K, padded R] float32 of all query rows."""
+    groups = tuning.ceil_div(rows, tuning.ROW_GROUP)
+    planes = jax.ShapeDtypeStruct((kv, groups * tuning.ROW_GROUP, 2, 2 * shape["BLOCK_P"]), jnp.int8)
+    factor = jax.ShapeDtypeStruct((kv, groups * tuning.ROW_GROUP), jnp.float32)
+    constants = {name: shape[name] for name in ("D", "PLANES", "BLOCK_P")} | {"R": rows, "scale": 1.0}
     return launch(
-        kernel,
-        [q, codes, norms, words],
-        jax.ShapeDtypeStruct((batch, heads, length, keys), jnp.float32),
-        constants,
-        grid=(programs_s * programs_kv, programs_r),
-        capability=capability,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        load("gluon_queries"), [q, words], [planes, factor], constants,
+        grid=(groups * kv, 1), capability=capability, num_warps=1,
+    )  # fmt: skip
 
 
-def launch(kernel, arrays, out, constants, *, grid, capability, **options):
-    """Calls a Triton or Gluon kernel whose pointers are `arrays`, then `out`; `constants` are the rest, by name."""
-    types = tuple(TYPES[x.dtype.name] for x in (*arrays, out))
+def launch(kernel, arrays, outs, constants, *, grid, capability, **options):
+    """Calls a Triton or Gluon kernel whose pointers are `arrays`, then `outs`; `constants` are the rest, by name."""
+    types = tuple(TYPES[x.dtype.name] for x in (*arrays, *outs))
     compiled = _compile(kernel, types, tuple(constants.items()), capability, tuple(options.items()))
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     name, parameters = re.findall(r"\.entry\s+(\w+)\((.*?)\)", ptx, re.DOTALL)[0]
@@ -138,7 +144,7 @@ def launch(kernel, arrays, out, constants, *, grid, capability, **options):
     sizes = {"grid_x": grid[0], "grid_y": grid[1], "grid_z": 1, "shared_mem_bytes": metadata.shared}
     sizes |= {"block_x": 32 * metadata.num_warps, "block_y": 1, "block_z": 1}
     attributes = {"name": name, "kernel_type": "ptx", "kernel_data": ptx} | {k: np.int32(v) for k, v in sizes.items()}
-    return jax.ffi.ffi_call(TARGET, [out, *scratch])(*arrays, **attributes)[0]
+    return jax.ffi.ffi_call(TARGET, [*outs, *scratch])(*arrays, **attributes)[: len(outs)]
 
 
 @functools.cache
@@ -182,10 +188,8 @@ def _check_memory(metadata, capability):
 def _capability(ctx) -> int:
     """Ten times the compute capability of the GPU lowered for, else of JAX's abstract device, else 90."""
     devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
-    with contextlib.suppress(RuntimeError):  # no GPU here
-        devices = (*devices, *jax.local_devices(backend="cuda"))
-    for device in devices:
-        if version := getattr(device, "compute_capability", None):
+    for one in (*devices, *device.cuda_devices()):
+        if version := getattr(one, "compute_capability", None):
             return int(version.replace(".", ""))
     with contextlib.suppress(ImportError, AttributeError, ValueError):  # from jax 0.11 on, if told of a GPU
         return importlib.import_module("jax.experimental.pallas.triton").get_gpu_info().compute_capability

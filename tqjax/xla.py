@@ -59,16 +59,15 @@ def decompress(packed: PackedVectors, dtype) -> jax.Array:
     return (vectors * packed.norms[..., None]).astype(dtype)
 
 
-def fused_qk_scores(q, codes, norms, words, scale):
-    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words as in ScoreTable -> [B, H, T, S] float32."""
+def fused_qk_scores(q, codes, norms, words):
+    """q [B, H, T, D], codes [B, K, S, P], norms [B, K, S], words with the scale in them -> [B, H, T, S] float32."""
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = codes.shape[1:3]
     q = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    planes, step = _unpack_words(words)
+    planes, unit = _unpack_words(words)
     bits = magnitude_bits(q)
     e = exponent(bits, QUERY_LIMIT)
     n = jnp.rint(q * power_of_two(-e)[..., None]).astype(jnp.int32)
-    unit = flush(flush(jnp.float32(scale)) * step)
     row = jnp.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), jnp.nan)
     column = jnp.where(jnp.isfinite(norms), flush(norms), jnp.nan)
     total = _integer_products(split(n), planes, unpack(codes, jnp))
@@ -86,8 +85,8 @@ def dense_scores(q, codes, norms, centroids, scale):
     return scores.reshape(batch, heads, length, keys)
 
 
-def score_table_words(centroids: jax.Array) -> jax.Array:
-    """`tqcore.fixed_point.score_table(centroids).words` of a traced table: two planes, the first 0 if one will do."""
+def score_words(centroids: jax.Array, scale: float) -> jax.Array:
+    """`tqcore.fixed_point.score_words(centroids, scale)` of a traced table: two planes, the first 0 if one will do."""
     bits = magnitude_bits(centroids)
     padded = _pad(centroids)
     e_one, e_two = exponent(bits, LEVEL_LIMIT), exponent(bits, QUERY_LIMIT)
@@ -97,7 +96,8 @@ def score_table_words(centroids: jax.Array) -> jax.Array:
     planes = jnp.stack([jnp.where(one_plane, 0, hi), jnp.where(one_plane, levels.astype(jnp.int32), lo)])
     step = power_of_two(jnp.where(one_plane, e_one, e_two))
     levels = lax.bitcast_convert_type(planes.astype(jnp.int8).reshape(8, 4), jnp.int32)
-    return jnp.append(levels, lax.bitcast_convert_type(step, jnp.int32))
+    unit = flush(flush(jnp.float32(scale)) * step)
+    return jnp.append(levels, lax.bitcast_convert_type(unit, jnp.int32))
 
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ def _integer_products(query_planes, table_planes, indices):
 
 
 def _unpack_words(words):
-    """([1 or 2, 16] int8, step) of `ScoreTable.words`."""
+    """([1 or 2, 16] int8, unit) of `score_words`."""
     levels = lax.bitcast_convert_type(words[:-1], jnp.int8).reshape(-1, 16)
     return levels, lax.bitcast_convert_type(words[-1], jnp.float32)
 

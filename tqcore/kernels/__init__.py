@@ -1,24 +1,41 @@
 """Device code that both front-ends launch, by name. Triton is imported when a kernel is asked for."""
 
-from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from tqcore import tuning
 
+KERNELS = {
+    "triton": ("scores", "scores_kernel"),
+    "gluon": ("gluon_scores", "scores_kernel"),
+    "gluon_queries": ("gluon_long_scores", "queries_kernel"),
+    "gluon_long": ("gluon_long_scores", "scores_kernel"),
+}
+GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
-def score_kernel(implementation: str) -> tuple[Any, Callable[[int, int, int, int], tuning.ScoreConfig]]:
-    """The score kernel "triton" or "gluon", and the rule of its launches; ImportError where Triton lacks it."""
-    if implementation == "gluon":
-        from tqcore.kernels import gluon_scores
 
-        return gluon_scores.scores_kernel, tuning.gluon_score_config
-    from tqcore.kernels import scores
+@cache
+def load(name: str) -> Any:
+    """The kernel of that name; ImportError where Triton lacks what it is written in."""
+    module, kernel = KERNELS[name]
+    return getattr(import_module(f"tqcore.kernels.{module}"), kernel)
 
-    return scores.scores_kernel, tuning.score_config
+
+@cache
+def gluon_is_tested() -> bool:
+    """Whether Triton is of a version that the Gluon kernels were tested with."""
+    try:
+        import triton
+
+        load("gluon_long")
+    except ImportError:
+        return False
+    return triton.__version__.startswith(GLUON_TESTED_WITH)
 
 
 def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, codes_stride_s: int) -> dict[str, int]:
-    """What both score kernels are compiled for."""
+    """What every score kernel is compiled for."""
     return {
         "CODES_STRIDE_S": codes_stride_s,
         "D": head_dim,
@@ -27,3 +44,8 @@ def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, code
         "BLOCK_S": config.block_s,
         "BLOCK_P": tuning.packed_block(head_dim),
     }
+
+
+def stages(config: tuning.ScoreConfig, *addresses: int) -> int:
+    """STAGES of the Gluon kernel: asynchronous copies take 16 bytes, so all bases, strides and rows must allow it."""
+    return config.num_stages if all(address % 16 == 0 for address in addresses) else 1

@@ -17,7 +17,7 @@ Source: the exact integer score of docs/format.md; byte permutes and m16n8k32: P
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tqcore import fixed_point
 
@@ -66,6 +66,12 @@ def _codes_layout(BLOCK_S, BLOCK_P):
 
 
 @gluon.constexpr_function
+def _stage_layout(BLOCK_P):
+    """[BLOCK_S, BLOCK_P] in shared memory, so that the eight lanes of a phase read eight banks of 16 bytes."""
+    return gl.SwizzledSharedLayout(16, 1, max(1, BLOCK_P // 16) if BLOCK_P > 64 else 1, [1, 0])
+
+
+@gluon.constexpr_function
 def _query_layout(BLOCK_R, BLOCK_D):
     """[BLOCK_R, BLOCK_D]: lane t holds a quarter of the coordinates, lane g rows g, g + 8, …"""
     registers = [[0, x] for x in _bits(1, BLOCK_D // 4)] + [[x, 0] for x in _bits(8, BLOCK_R)]
@@ -95,6 +101,12 @@ def _finite(x):
     return gl.inline_asm_elementwise(
         "fma.rn.ftz.f32 $0, $1, 0f00000000, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def _unknown(i):
+    """i, but no constant to Triton, which cannot compile copies in branches that it knows to be dead."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -152,29 +164,11 @@ def _products(codes, words, q_first, q_second, BLOCK_R: gl.constexpr, BLOCK_S: g
 
 
 @gluon.jit
-def _score_block(
-    codes_ptr, norms_ptr, out_ptr, s, words, low_words, q_first, q_second, factor, r, R, S,
-    CODES_STRIDE_S: gl.constexpr, D: gl.constexpr, PLANES: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr,
-    BLOCK_P: gl.constexpr, TAIL: gl.constexpr,
+def _scores(
+    codes, norm, words, low_words, q_first, q_second, factor,
+    PLANES: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
-    """Scores of the keys from s on."""
-    LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
-    LS: gl.constexpr = factor.type.layout.parent
-    key = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, LK))
-    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, LK))
-    column = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LS))
-    codes_at, norms_at = codes_ptr + key[:, None] * CODES_STRIDE_S + p[None, :], norms_ptr + column
-    live = r[:, None] < R
-    if TAIL or 2 * BLOCK_P != D:
-        codes = gl.load(codes_at, mask=(key[:, None] < S) & (p[None, :] < D // 2), other=0)
-    else:
-        codes = gl.load(codes_at)
-    if TAIL:
-        norm, live = gl.load(norms_at, mask=column < S, other=0.0), live & (column[None, :] < S)
-    else:
-        norm = gl.load(norms_at)
-    norm = _finite(norm)
-
+    """Scores [BLOCK_R, BLOCK_S] of a block of keys."""
     hi, lo = _products(codes, words, q_first, q_second, BLOCK_R, BLOCK_S, BLOCK_P)
     if PLANES == 1:
         total = (hi * 128 + lo).to(gl.float32)
@@ -182,8 +176,43 @@ def _score_block(
         hi_low, lo_low = _products(codes, low_words, q_first, q_second, BLOCK_R, BLOCK_S, BLOCK_P)
         total = hi.to(gl.float32) * 128.0 + (hi_low + lo).to(gl.float32)
         total = total * 128.0 + lo_low.to(gl.float32)
-    scores = _multiply(total, _multiply(norm[None, :], factor[:, None]))
-    gl.store(out_ptr + r[:, None].to(gl.int64) * S + column[None, :], scores, mask=live)
+    return _multiply(total, _multiply(_finite(norm)[None, :], factor[:, None]))
+
+
+@gluon.jit
+def _load(
+    codes_ptr, norms_ptr, s, count, LK: gl.constexpr, LN: gl.constexpr,
+    CODES_STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Codes [BLOCK_S, BLOCK_P] and norms [BLOCK_S] of the keys from s on, zeros from `count` on."""
+    key = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, LK))[:, None]
+    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, LK))[None, :]
+    column = s + gl.arange(0, BLOCK_S, layout=LN)
+    codes = gl.load(codes_ptr + key * CODES_STRIDE_S + p, mask=(key < count) & (p < D // 2), other=0)
+    return codes, gl.load(norms_ptr + column, mask=column < count, other=0.0)
+
+
+@gluon.jit
+def _copy(
+    codes_ptr, norms_ptr, codes_to, norms_to, s, count,
+    CODES_STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Starts the copy of the same into shared memory, as one group; what lies from `count` on is undefined there."""
+    LK: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BLOCK_P, BLOCK_P // 16], [1, 1], [1, 0])
+    key = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, LK))[:, None]
+    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, LK))[None, :]
+    column = s + gl.arange(0, BLOCK_S, layout=gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]))
+    codes_ptr += key * CODES_STRIDE_S + p
+    norms_ptr += column
+    if s + BLOCK_S <= count:
+        if 2 * BLOCK_P == D:
+            async_copy.async_copy_global_to_shared(codes_to, codes_ptr)
+        else:
+            async_copy.async_copy_global_to_shared(codes_to, codes_ptr, mask=(p < D // 2) & (key < count))
+        async_copy.async_copy_global_to_shared(norms_to, norms_ptr)
+    else:
+        async_copy.async_copy_global_to_shared(codes_to, codes_ptr, mask=(p < D // 2) & (key < count))
+        async_copy.async_copy_global_to_shared(norms_to, norms_ptr, mask=column < count)
 
 
 @gluon.jit
@@ -208,10 +237,9 @@ def scores_kernel(
     BLOCK_R: gl.constexpr,
     BLOCK_S: gl.constexpr,
     BLOCK_P: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    programs_s = (S + blocks * BLOCK_S - 1) // (
-        blocks * BLOCK_S
-    )  # in one axis with the heads: CUDA's others end at 65535
+    programs_s = gl.cdiv(S, blocks * BLOCK_S)  # in one axis with the heads: CUDA's others end at 65535
     head = gl.program_id(0) // programs_s
     batch, kv_head = (head // K).to(gl.int64), (head % K).to(gl.int64)
 
@@ -236,20 +264,42 @@ def scores_kernel(
     LS: gl.constexpr = sums.type.layout
     factor = gl.convert_layout(_multiply(_multiply(scale, step), power), gl.SliceLayout(1, LS))
 
-    r = gl.program_id(1) * BLOCK_R + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
-    codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k
-    norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k
-    out_ptr += head.to(gl.int64) * R * S
-    start = (gl.program_id(0) % programs_s) * blocks * BLOCK_S
-    stop = gl.minimum(start + blocks * BLOCK_S, S)
-    whole = (stop - start) // BLOCK_S
-    for block in range(whole):
-        _score_block(
-            codes_ptr, norms_ptr, out_ptr, start + block * BLOCK_S, words, low_words, q_first, q_second, factor,
-            r, R, S, CODES_STRIDE_S, D, PLANES, BLOCK_R, BLOCK_S, BLOCK_P, False,
-        )  # fmt: skip
-    if start + whole * BLOCK_S < stop:
-        _score_block(
-            codes_ptr, norms_ptr, out_ptr, start + whole * BLOCK_S, words, low_words, q_first, q_second, factor,
-            r, R, S, CODES_STRIDE_S, D, PLANES, BLOCK_R, BLOCK_S, BLOCK_P, True,
-        )  # fmt: skip
+    # This program's keys: codes_ptr, norms_ptr and out_ptr point at the first of `count`.
+    start = _unknown(gl.program_id(0) % programs_s).to(gl.int64) * blocks * BLOCK_S
+    count = gl.minimum(S - start, blocks * BLOCK_S).to(gl.int32)
+    codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k + start * CODES_STRIDE_S
+    norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k + start
+    r = gl.program_id(1) * BLOCK_R + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))[:, None]
+    column = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LS))[None, :]
+    out_ptr += head.to(gl.int64) * R * S + start + r.to(gl.int64) * S + column
+
+    LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
+    LN: gl.constexpr = gl.SliceLayout(0, LS)
+    if STAGES > 1:
+        codes_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BLOCK_P], _stage_layout(BLOCK_P))
+        norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        for first in gl.static_range(STAGES - 1):
+            _copy(
+                codes_ptr, norms_ptr, codes_smem.index(first), norms_smem.index(first), first * BLOCK_S, count,
+                CODES_STRIDE_S, D, BLOCK_S, BLOCK_P,
+            )  # fmt: skip
+            async_copy.commit_group()
+    for block in range(gl.cdiv(count, BLOCK_S)):
+        s = block * BLOCK_S
+        if STAGES > 1:
+            stage, ahead = block % STAGES, block + STAGES - 1
+            async_copy.wait_group(STAGES - 2)
+            codes, norm = codes_smem.index(stage).load(LK), norms_smem.index(stage).load(LN)
+            if ahead * BLOCK_S < count:
+                _copy(
+                    codes_ptr, norms_ptr, codes_smem.index(ahead % STAGES), norms_smem.index(ahead % STAGES),
+                    ahead * BLOCK_S, count, CODES_STRIDE_S, D, BLOCK_S, BLOCK_P,
+                )  # fmt: skip
+            async_copy.commit_group()
+        else:
+            codes, norm = _load(codes_ptr, norms_ptr, s, count, LK, LN, CODES_STRIDE_S, D, BLOCK_S, BLOCK_P)
+        scores = _scores(codes, norm, words, low_words, q_first, q_second, factor, PLANES, BLOCK_R, BLOCK_S, BLOCK_P)
+        if s + BLOCK_S <= count:
+            gl.store(out_ptr + s, scores, mask=r < R)
+        else:
+            gl.store(out_ptr + s, scores, mask=(r < R) & (s + column < count))

@@ -11,9 +11,7 @@ Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt
 import triton
 import triton.language as tl
 
-from tqcore import fixed_point, tuning
-
-MAX_HEAD_DIM = tuning.MAX_HEAD_DIM
+from tqcore import fixed_point
 
 CARRY, BIAS = (tl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
 ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
@@ -163,19 +161,23 @@ def scores_kernel(
     unit = _multiply(scale, step, PTX)
     factor = _multiply(unit, tl.where(e == NOT_FINITE, float("nan"), power), PTX)
 
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k
-    norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k
-    out_row_ptr = out_ptr + (head.to(tl.int64) * R + r[None, :]) * S
+    # This program's keys: codes_ptr, norms_ptr and out_ptr point at the first of `count`.
     start = (tl.program_id(0) % programs_s).to(tl.int64) * blocks * BLOCK_S
-    for block in range(blocks):
-        s = start + block * BLOCK_S + tl.arange(0, BLOCK_S)
-        inside = s < S
+    count = tl.minimum(S - start, blocks * BLOCK_S).to(tl.int32)
+    codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k + start * CODES_STRIDE_S
+    norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k + start
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    out_row_ptr = out_ptr + (head.to(tl.int64) * R + r[None, :]) * S + start
+    column = tl.arange(0, BLOCK_S)
+    norm_ahead = tl.load(norms_ptr + column, mask=column < count, other=0.0)
+    for first in range(0, count, BLOCK_S):
+        s = first + column
+        inside = s < count
+        norm = _finite(norm_ahead, PTX)  # loaded a step ahead, since Triton stages only what dots take
+        norm_ahead = tl.load(norms_ptr + BLOCK_S + s, mask=BLOCK_S + s < count, other=0.0)
         codes = tl.load(
             codes_ptr + s[:, None] * CODES_STRIDE_S + p[None, :], mask=inside[:, None] & (p[None, :] < D // 2), other=0
         )
-        norm = _finite(tl.load(norms_ptr + s, mask=inside, other=0.0), PTX)
-
         levels_even, levels_odd = _levels(codes, w0, w1, w2, w3, PTX)
         hi, lo = _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S, BLOCK_R)
         if PLANES == 1:
