@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ from cases import BASE, Case, inputs, oracle
 
 import tqjax
 from tqcore import tuning
-from tqjax import ops, triton_call
+from tqjax import device, ops, triton_call
 
 PRIMITIVE = "tq_triton_fused_qk_scores"
 CASES = [
@@ -137,10 +138,23 @@ def test_none_falls_back_on_cuda(lowered):
 # --- the choice of an implementation --------------------------------------------------------------------------
 
 
-def test_none_without_pallas(monkeypatch, fresh_traces):
-    def primitives():
-        return str(jax.make_jaxpr(lambda *a: scores(*a, implementation=None))(*shapes(BASE)))
+def primitives(case=BASE):
+    return str(jax.make_jaxpr(lambda *a: scores(*a, implementation=None))(*shapes(case)))
 
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_none_is_gluon_on_hoppers(monkeypatch, fresh_traces, hopper):
+    monkeypatch.setattr(device, "all_hopper", lambda: hopper)
+    monkeypatch.setattr(ops, "gluon_is_tested", lambda: True)
+    many = replace(BASE, S=ops.FEW_KEYS)
+    assert ("implementation=gluon" in primitives(many)) == hopper
+    assert PRIMITIVE not in primitives()
+    monkeypatch.setattr(ops, "pallas_scores", None)
+    jax.clear_caches()
+    assert ("implementation=gluon" in primitives()) == hopper and PRIMITIVE in primitives()
+
+
+def test_none_without_pallas(monkeypatch, fresh_traces):
     assert PRIMITIVE not in primitives()
     jax.clear_caches()
     monkeypatch.setattr(ops, "pallas_scores", None)

@@ -22,6 +22,7 @@ except ImportError:  # a JAX without Pallas-Triton
     pallas_scores = None
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
+FEW_KEYS = 2**16  # up to which a call takes as long as its launch does, which is shorter for Pallas
 NEEDS = {
     "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256",
     "triton": "'triton' needs CUDA, an installed Triton and head_dim up to 256",
@@ -121,7 +122,8 @@ def fused_qk_scores(
       n_kv_heads: K.
       implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), "triton" (CUDA
         and an installed Triton, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
-        gluon (where all devices are Hoppers), pallas_triton, triton and xla that can do the case, xla elsewhere.
+        gluon (if all devices are Hoppers and the keys not few), pallas_triton, triton and xla that can do the case;
+        xla elsewhere.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -207,7 +209,7 @@ def _implement(q, codes, norms, words, implementation):
     arrays = q, codes, norms, words
     plain = xla.fused_qk_scores
     kernels = _kernels(head_dim)
-    name = implementation or next(iter(kernels), "xla")
+    name = implementation or _preferred(kernels, keys=batch * codes.shape[1] * codes.shape[2])
     if name == "xla":
         return plain(*arrays)
     if name not in kernels:
@@ -221,16 +223,22 @@ def _implement(q, codes, norms, words, implementation):
 
 
 def _kernels(head_dim):
-    """The kernels that can do this head_dim on CUDA, the preferred one first: gluon where every device is a Hopper."""
+    """The kernels that can do this head_dim on CUDA."""
     kernels = {}
     if pallas_scores is not None and head_dim <= tuning.MAX_HEAD_DIM:
         kernels["pallas_triton"] = pallas_scores.fused_qk_scores
     if triton_call.INSTALLED and head_dim <= tuning.MAX_HEAD_DIM:
         for name in ("triton", "gluon"):
             kernels[name] = functools.partial(triton_call.fused_qk_scores, implementation=name)
-        if device.all_hopper() and gluon_is_tested():
-            kernels = {"gluon": kernels["gluon"]} | kernels
     return kernels
+
+
+def _preferred(kernels, keys):
+    """Of `kernels`, the one for a caller who names none; `keys` are those of all key heads together."""
+    gluon = "gluon" in kernels and device.all_hopper() and gluon_is_tested()
+    if gluon and (keys > FEW_KEYS or "pallas_triton" not in kernels):
+        return "gluon"
+    return next(iter(kernels), "xla")
 
 
 def _scores_primal(q, codes, norms, centroids, words, scale, implementation):

@@ -105,7 +105,7 @@ def _finite(x):
 
 @gluon.jit
 def _unknown(i):
-    """i, but no constant to Triton, which cannot compile copies in branches that it knows to be dead."""
+    """i, which Triton takes for no constant: it cannot compile copies in branches that it knows to be dead."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=gl.int32, is_pure=True, pack=1)
 
 
@@ -265,7 +265,10 @@ def scores_kernel(
     factor = gl.convert_layout(_multiply(_multiply(scale, step), power), gl.SliceLayout(1, LS))
 
     # This program's keys: codes_ptr, norms_ptr and out_ptr point at the first of `count`.
-    start = _unknown(gl.program_id(0) % programs_s).to(gl.int64) * blocks * BLOCK_S
+    start = gl.program_id(0) % programs_s
+    if blocks * BLOCK_S >= S:
+        start = _unknown(start)
+    start = start.to(gl.int64) * blocks * BLOCK_S
     count = gl.minimum(S - start, blocks * BLOCK_S).to(gl.int32)
     codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k + start * CODES_STRIDE_S
     norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k + start
