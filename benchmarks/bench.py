@@ -116,7 +116,7 @@ def describe(device, dry_run: bool, method: str) -> dict:
             "triton": triton.__version__,
             "jax": jax.__version__,
         },
-        "commit": commit or os.environ.get("TQ_COMMIT"),
+        "commit": os.environ.get("TQ_COMMIT") or commit,
         "command": " ".join(["python3", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "method": "dry run" if dry_run else method,

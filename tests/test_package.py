@@ -127,6 +127,6 @@ def test_readme_numbers_are_measured():
     us = {(row["front"], row["implementation"]): row["us"] for row in rows if main.items() <= row.items()}
     table = re.findall(r"^\| (?!---).*\| *\**(\d+)\** \| *\**(\d+|–)\** \|$", (ROOT / "README.md").read_text(), re.M)
     torch_names = ["gluon", "dense_bf16", "dense_fp32", "original", "floor"]
-    jax_names = ["pallas_triton", "dense_bf16", "dense_fp32", None, None]
+    jax_names = ["gluon", "dense_bf16", "dense_fp32", None, None]
     assert [int(a) for a, _ in table] == [round(us["torch", name]) for name in torch_names]
     assert [b for _, b in table] == ["–" if name is None else str(round(us["jax", name])) for name in jax_names]
