@@ -17,7 +17,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import pack, unpack
+from tqcore.packing import code_bits, pack, unpack
 from tqcore.quantizer import Quantizer
 
 
@@ -47,12 +47,12 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
     indices = torch.zeros(rotated.shape, dtype=torch.uint8, device=x.device)
     for boundary in quantizer.codebook.boundaries.tolist():
         indices += rotated > boundary * radius
-    return pack(indices), torch.where(finite, length * power_of_two(e), float("nan"))
+    return pack(indices, torch, quantizer.bits), torch.where(finite, length * power_of_two(e), float("nan"))
 
 
 def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     table = _pad(centroids(quantizer, codes.device))
-    return unrotate(table[unpack(codes, torch).long()], quantizer) * norms[..., None]
+    return unrotate(table[unpack(codes, torch, quantizer.bits).long()], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
@@ -67,7 +67,7 @@ def fused_qk_scores(q, codes, norms, words, scale):
     unit = flush(flush(torch.full_like(step, scale)) * step)
     row = torch.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), float("nan"))
     column = torch.where(torch.isfinite(norms), flush(norms), float("nan"))
-    total = _integer_products(n, planes, unpack(codes, torch).long())
+    total = _integer_products(n, planes, _unpack(codes, head_dim))
     scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, keys)
 
@@ -81,7 +81,7 @@ def score_gradients(grad, q, codes, norms, centroids, scale):
     kv_heads, keys = codes.shape[1:3]
     rows = (batch, kv_heads, heads // kv_heads * length)
     grad = grad.float().reshape(*rows, keys) * scale
-    queries, indices = q.float().reshape(*rows, head_dim), unpack(codes, torch).long()
+    queries, indices = q.float().reshape(*rows, head_dim), _unpack(codes, head_dim)
     directions = _pad(centroids)[indices]
     of_q = ((grad * norms[:, :, None, :]) @ directions).reshape(q.shape).to(q.dtype)
     of_keys = grad.mT @ queries
@@ -148,6 +148,11 @@ def _integer_products(n, planes, indices):
     middle = (product(hi, planes[1]) + product(lo, planes[0])).float()
     low = product(lo, planes[1]).float()
     return (high * 128.0 + middle) * 128.0 + low
+
+
+def _unpack(codes, head_dim):
+    """[..., P] bytes -> [..., D] indices that index."""
+    return unpack(codes, torch, code_bits(codes.shape[-1], head_dim)).long()
 
 
 def _pad(table):

@@ -11,6 +11,7 @@ import tqcore
 from tq_torch import eager
 from tqcore import checks, fixed_point
 from tqcore.codebook import Codebook
+from tqcore.packing import code_bits, packed_dim
 from tqcore.quantizer import PackedVectors, Quantizer
 
 try:
@@ -56,7 +57,7 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
       quantizer: the rotation and the codebook.
 
     Returns:
-      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32.
 
     Raises:
       ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
@@ -108,17 +109,17 @@ def fused_qk_scores(
 
     Args:
       q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
-      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble. Any
+      packed_indices: [B, K, S, P] uint8, indices of 1 to 4 bits as `tqcore.packing` lays them out: P = D·bits/8. Any
         strides along B, K and S: a slice of a larger cache is read in place.
       norms: [B, K, S] float32.
-      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one. Read to the
+      centroids: [L] float32, 1 to 2^bits finite values, ascending. An index past L reads the last one. Read to the
         host once per tensor and version (made in inference mode: at every call), which waits for the device.
       scale: finite; usually 1/√D.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "eager" (any device with float64), "triton" (CUDA, D up to 256; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), "gluon" (Hopper, D up to 256), or None: the first of gluon, triton and eager that
-        can do the case on this device.
+      implementation: "eager" (any device with float64), "triton" (CUDA, 4 bits, D up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, 4 bits, D up to 256), or None: the first of gluon,
+        triton and eager that can do the case on this device.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -128,8 +129,8 @@ def fused_qk_scores(
       NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
-    checks.check_centroids(centroids)
+    bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids, bits)
     named = {"q_rotated": q_rotated, "packed_indices": packed_indices, "norms": norms, "centroids": centroids}
     checks.check_devices({name: tensor.device for name, tensor in named.items()})
     return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, checks.as_scale(scale), implementation)
@@ -183,8 +184,9 @@ def _map_file(packed, function):
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
 
 NEEDS = {
-    "triton": "'triton' needs Triton, head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the environment",
-    "gluon": "'gluon' needs Triton with Gluon, head_dim up to 256 and CUDA tensors on a Hopper device",
+    "triton": "'triton' needs Triton, 4-bit codes, head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the "
+    "environment",
+    "gluon": "'gluon' needs Triton with Gluon, 4-bit codes, head_dim up to 256 and CUDA tensors on a Hopper device",
 }
 QUANTIZER = "int head_dim, int bits, str rotation, int seed"
 _library = torch.library.Library("tq_torch", "DEF")
@@ -228,19 +230,20 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     words = _codebook_words(head_dim, bits, q.device) if centroids is None else _table_words(centroids)
     if 0 in (*q.shape, *codes.shape):
         return q.new_empty(batch, heads, length, codes.shape[2], dtype=torch.float32)
-    implementation = implementation or _fastest(q, rows=heads // codes.shape[1] * length)
+    width = code_bits(codes.shape[-1], head_dim)
+    implementation = implementation or _fastest(q, width, rows=heads // codes.shape[1] * length)
     if implementation == "eager":
         return eager.fused_qk_scores(q, codes, norms, words, scale)
-    if triton_call is None or not triton_call.can_do(implementation, q):
+    if triton_call is None or width != 4 or not triton_call.can_do(implementation, q):
         raise NotImplementedError(
-            f"{NEEDS[implementation]}, got head_dim={head_dim} on {q.device}; 'eager' has no such need."
+            f"{NEEDS[implementation]}, got head_dim={head_dim}, bits={width} on {q.device}; 'eager' has no such need."
         )
     return triton_call.fused_qk_scores(q, codes, norms, words, scale, implementation=implementation)
 
 
-def _fastest(q, rows):
+def _fastest(q, width, rows):
     """The implementation for a caller who names none."""
-    if triton_call is None or not q.is_cuda:
+    if triton_call is None or width != 4 or not q.is_cuda:
         return "eager"
     preferred = ["gluon", "triton"] if triton_call.prefers_gluon(rows) else ["triton"]
     return next((name for name in preferred if triton_call.can_do(name, q)), "eager")
@@ -268,8 +271,8 @@ def _(x, *_):
 
 
 @torch.library.register_fake("tq_torch::compress", lib=_library)
-def _(x, head_dim, *_):
-    codes = x.new_empty((*x.shape[:-1], head_dim // 2), dtype=torch.uint8)
+def _(x, head_dim, bits, *_):
+    codes = x.new_empty((*x.shape[:-1], packed_dim(head_dim, bits)), dtype=torch.uint8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 

@@ -4,14 +4,16 @@ Arrays are looked at through `shape` and `dtype` alone, so NumPy, JAX and torch 
 The front-ends call these before they compute; constructors of classes that hold arrays do not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tqcore.packing import code_bits
+
 MAX_HEAD_DIM = 1024  # an integer score stays below 2^31, and each of its parts below 2^24
-MAX_CENTROIDS = 16
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -29,6 +31,13 @@ def check_head_dim(head_dim: Any) -> None:
 def check_bits(bits: Any) -> None:
     if not isinstance(bits, int | np.integer) or not 1 <= bits <= 4:
         raise ValueError(f"`bits` must be 1, 2, 3 or 4, got {bits!r}.")
+
+
+def check_packable(head_dim: int, bits: int) -> None:
+    """Whether packed vectors are whole bytes."""
+    multiple = 8 // math.gcd(8, bits)
+    if head_dim % multiple:
+        raise ValueError(f"`head_dim` must be a multiple of {multiple} for {bits}-bit codes, got {head_dim}.")
 
 
 def check_seed(seed: Any) -> None:
@@ -110,24 +119,36 @@ def check_packed(name: str, packed: Any) -> None:
     _check_quantizer(f"{name}.quantizer", packed.quantizer)
     check_array(f"{name}.codes", packed.codes, "[..., S, P]", ("uint8",))
     check_array(f"{name}.norms", packed.norms, "[..., S]", ("float32",))
-    _check_packed_shapes(f"{name}.codes", packed.codes, f"{name}.norms", packed.norms, packed.quantizer.head_dim)
+    head_dim, bits = packed.quantizer.head_dim, packed.quantizer.bits
+    if packed.codes.shape[-1] != packed.quantizer.packed_dim:
+        raise ValueError(
+            f"the last axis of `{name}.codes` must be head_dim * bits / 8, "
+            f"got shape {list(packed.codes.shape)}, head_dim={head_dim}, bits={bits}."
+        )
+    _check_norms(f"{name}.codes", packed.codes, f"{name}.norms", packed.norms)
 
 
-def check_centroids(centroids: Any) -> None:
-    """Dtype and size of a table; its values are for `check_centroid_values`."""
+def check_centroids(centroids: Any, bits: int) -> None:
+    """Dtype and size of a table for indices of `bits`; its values are for `check_centroid_values`."""
     check_array("centroids", centroids, "[L]", ("float32",))
-    if not 1 <= centroids.shape[0] <= MAX_CENTROIDS:
-        raise ValueError(f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}.")
+    if not 1 <= centroids.shape[0] <= 2**bits:
+        raise ValueError(f"`centroids` must have 1 to {2**bits} entries, got {centroids.shape[0]}, bits={bits}.")
 
 
-def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads) -> None:
-    """The arguments of `fused_qk_scores`, but for `centroids`."""
+def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads) -> int:
+    """The arguments of `fused_qk_scores`, but for `centroids`. Returns the bits of an index."""
     check_array("q_rotated", q_rotated, "[B, H, T, D]", FLOATS)
-    check_array("packed_indices", packed_indices, "[B, K, S, D/2]", ("uint8",))
+    check_array("packed_indices", packed_indices, "[B, K, S, P]", ("uint8",))
     check_array("norms", norms, "[B, K, S]", ("float32",))
     batch, heads, _, head_dim = q_rotated.shape
     check_head_dim(head_dim)
-    _check_packed_shapes("packed_indices", packed_indices, "norms", norms, head_dim)
+    packed, bits = packed_indices.shape[-1], code_bits(packed_indices.shape[-1], head_dim)
+    if not 1 <= bits <= 4 or 8 * packed != head_dim * bits:
+        raise ValueError(
+            "the last axis of `packed_indices` must be head_dim * bits / 8 for bits of 1, 2, 3 or 4, "
+            f"got shape {list(packed_indices.shape)}, head_dim={head_dim}."
+        )
+    _check_norms("packed_indices", packed_indices, "norms", norms)
     if batch != packed_indices.shape[0]:
         raise ValueError(
             f"`q_rotated` and `packed_indices` must have one batch size, got {batch} and {packed_indices.shape[0]}."
@@ -142,6 +163,7 @@ def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
             f"`n_q_heads` must be a multiple of `n_kv_heads`, got n_q_heads={n_q_heads}, n_kv_heads={n_kv_heads}."
         )
     check_scale(scale)
+    return bits
 
 
 def check_attention_scores(query, keys, scale) -> None:
@@ -174,11 +196,7 @@ def _check_quantizer(name: str, quantizer: Any) -> None:
         raise ValueError(f"`{name}` must be a Quantizer, got an object of type {type(quantizer).__name__}.")
 
 
-def _check_packed_shapes(codes_name: str, codes: Any, norms_name: str, norms: Any, head_dim: int) -> None:
-    if codes.shape[-1] != head_dim // 2:
-        raise ValueError(
-            f"the last axis of `{codes_name}` must be head_dim / 2, got shape {list(codes.shape)}, head_dim={head_dim}."
-        )
+def _check_norms(codes_name: str, codes: Any, norms_name: str, norms: Any) -> None:
     if tuple(norms.shape) != tuple(codes.shape[:-1]):
         raise ValueError(
             f"`{norms_name}` must have the shape of `{codes_name}` without its last axis, "

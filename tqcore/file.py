@@ -12,10 +12,12 @@ from os import PathLike
 import numpy as np
 
 from tqcore import checks
+from tqcore.packing import pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 
 FORMAT = "turboquant"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", "2")  # in version 1, indices of every width lie in four bits
 
 
 def save_file(packed: PackedVectors | Mapping[str, PackedVectors], path: str | PathLike) -> None:
@@ -62,8 +64,10 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
         raise ValueError(f"{path} must hold the arrays {sorted(wanted)}, got {sorted(arrays)}.")
     packed = {}
     for name, quantizer in quantizers.items():
-        codes, norms = _array_names(name)
-        packed[name] = PackedVectors(arrays[codes], arrays[norms], quantizer)
+        codes, norms = (arrays[array] for array in _array_names(name))
+        if metadata["version"] == "1":
+            codes = pack(unpack(codes, np), np, quantizer.bits)
+        packed[name] = PackedVectors(codes, norms, quantizer)
         checks.check_packed(name or "packed", packed[name])
     return packed.get("", packed)
 
@@ -75,9 +79,10 @@ def _array_names(name: str) -> tuple[str, str]:
 
 def _check_version(path: str | PathLike, metadata: Mapping[str, str]) -> None:
     came = metadata.get("format"), metadata.get("version")
-    if came != (FORMAT, VERSION) or "quantizers" not in metadata:
+    if came[0] != FORMAT or came[1] not in READABLE or "quantizers" not in metadata:
         raise ValueError(
-            f"{path} must be of format {FORMAT!r}, version {VERSION!r}, got format {came[0]!r}, version {came[1]!r}."
+            f"{path} must be of format {FORMAT!r}, version {' or '.join(map(repr, READABLE))}, "
+            f"got format {came[0]!r}, version {came[1]!r}."
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Any
 
-from tqcore import checks
+from tqcore import checks, packing
 from tqcore.codebook import Codebook
 
 
@@ -14,7 +14,7 @@ class Quantizer:
     """The static description of a quantiser: hashable, holds no arrays.
 
     Args:
-      head_dim: D, even, 2 to 1024.
+      head_dim: D, 2 to 1024: even for 4 bits, a multiple of 4 for 2, of 8 for 3 and 1.
       bits: 1 to 4 bits a coordinate.
       rotation: "hadamard" (D a power of two), "haar" (any D), or None: hadamard where D allows it, else haar.
       seed: draws the rotation.
@@ -32,6 +32,7 @@ class Quantizer:
     def __post_init__(self):
         checks.check_head_dim(self.head_dim)
         checks.check_bits(self.bits)
+        checks.check_packable(self.head_dim, self.bits)
         checks.check_seed(self.seed)
         if self.rotation is None:
             power_of_two = checks.is_power_of_two(self.head_dim)
@@ -46,7 +47,7 @@ class Quantizer:
     @property
     def packed_dim(self) -> int:
         """P, bytes of codes per vector."""
-        return self.head_dim // 2
+        return packing.packed_dim(self.head_dim, self.bits)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ def compress(x: NDArray, quantizer: Quantizer) -> PackedVectors:
       quantizer: the rotation and the codebook.
 
     Returns:
-      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32.
 
     Raises:
       ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
@@ -60,7 +60,7 @@ def compress(x: NDArray, quantizer: Quantizer) -> PackedVectors:
         indices += rotated > boundary * radius
     with np.errstate(over="ignore"):
         norms = np.where(finite, length * power_of_two(e), np.float32(np.nan))
-    return PackedVectors(pack(indices), norms, quantizer)
+    return PackedVectors(pack(indices, np, quantizer.bits), norms, quantizer)
 
 
 def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
@@ -79,7 +79,9 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
     centroids = pad_table(packed.quantizer.codebook.centroids)
-    vectors = unrotate(centroids[unpack(packed.codes, np)], packed.quantizer) * packed.norms[..., None]
+    vectors = (
+        unrotate(centroids[unpack(packed.codes, np, packed.quantizer.bits)], packed.quantizer) * packed.norms[..., None]
+    )
     return vectors.astype(checks.dtype_name(dtype))
 
 
@@ -102,9 +104,9 @@ def fused_qk_scores(
 
     Args:
       q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
-      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble.
+      packed_indices: [B, K, S, P] uint8, indices of 1 to 4 bits as `tqcore.packing` lays them out: P = D·bits/8.
       norms: [B, K, S] float32.
-      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one.
+      centroids: [L] float32, 1 to 2^bits finite values, ascending. An index past L reads the last one.
       scale: finite; usually 1/√D.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
@@ -117,8 +119,8 @@ def fused_qk_scores(
       ValueError: an argument does not fit; nothing is cast, cropped or replaced.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
-    checks.check_centroids(centroids)
+    code_bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids, code_bits)
     checks.check_centroid_values(centroids)
     batch, heads, length, head_dim = q_rotated.shape
     groups = heads // n_kv_heads
@@ -132,7 +134,7 @@ def fused_qk_scores(
         unit = flush(flush(np.float32(checks.as_scale(scale))) * table.step)
         row = np.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), np.float32(np.nan))
         column = np.where(np.isfinite(norms), flush(norms), np.float32(np.nan))
-        total = _integer_products(n, table.planes, unpack(packed_indices, np))
+        total = _integer_products(n, table.planes, unpack(packed_indices, np, code_bits))
         scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, norms.shape[-1])
 

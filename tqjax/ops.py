@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import tqcore
 from tqcore import checks, fixed_point, tuning
+from tqcore.packing import code_bits
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import triton_call, xla
 
@@ -22,9 +23,9 @@ except ImportError:  # a JAX without Pallas-Triton
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
 NEEDS = {
-    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256",
-    "triton": "'triton' needs CUDA, an installed Triton and head_dim up to 256",
-    "gluon": "'gluon' needs a Hopper device, an installed Triton and head_dim up to 256",
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton, 4-bit codes and head_dim up to 256",
+    "triton": "'triton' needs CUDA, an installed Triton, 4-bit codes and head_dim up to 256",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton, 4-bit codes and head_dim up to 256",
 }
 
 
@@ -62,7 +63,7 @@ def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
       quantizer: the rotation and the codebook.
 
     Returns:
-      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32.
 
     Raises:
       ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
@@ -112,14 +113,14 @@ def fused_qk_scores(
 
     Args:
       q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
-      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble.
+      packed_indices: [B, K, S, P] uint8, indices of 1 to 4 bits as `tqcore.packing` lays them out: P = D·bits/8.
       norms: [B, K, S] float32.
-      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one.
+      centroids: [L] float32, 1 to 2^bits finite values, ascending. An index past L reads the last one.
       scale: finite; usually 1/√D. A Python number, also under `jit`.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), "triton" (CUDA
-        and an installed Triton, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
+      implementation: "xla" (any device), "pallas_triton" (CUDA, 4 bits, D up to 256; interpreted on a CPU), "triton"
+        (CUDA and an installed Triton, 4 bits, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
         pallas_triton, triton and xla that can do the case, xla elsewhere.
 
     Returns:
@@ -130,8 +131,8 @@ def fused_qk_scores(
       NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
-    checks.check_centroids(centroids)
+    bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids, bits)
     _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
     arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
     if isinstance(centroids, Tracer):
@@ -204,12 +205,13 @@ def _implement(q, codes, norms, words, scale, implementation):
         return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
     arrays = q, codes, norms, words
     plain = functools.partial(xla.fused_qk_scores, scale=scale)
-    kernels = _kernels(head_dim)
+    bits = code_bits(codes.shape[-1], head_dim)
+    kernels = _kernels(head_dim, bits)
     name = implementation or next(iter(kernels), "xla")
     if name == "xla":
         return plain(*arrays)
     if name not in kernels:
-        raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}; 'xla' has no such need.")
+        raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}, bits={bits}; 'xla' has no such need.")
     compiled = functools.partial(kernels[name], scale=scale)
     if implementation is None:
         return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
@@ -218,9 +220,11 @@ def _implement(q, codes, norms, words, scale, implementation):
     return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
 
 
-def _kernels(head_dim):
-    """The kernels that can do this head_dim on CUDA, the preferred one first."""
+def _kernels(head_dim, bits):
+    """The kernels that can do this head_dim and width on CUDA, the preferred one first."""
     kernels = {}
+    if bits != 4:
+        return kernels
     if pallas_scores is not None and head_dim <= tuning.MAX_HEAD_DIM:
         kernels["pallas_triton"] = pallas_scores.fused_qk_scores
     if triton_call.INSTALLED and head_dim <= triton_call.MAX_HEAD_DIM:

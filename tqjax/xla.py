@@ -19,7 +19,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import pack, unpack
+from tqcore.packing import code_bits, pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
@@ -50,12 +50,14 @@ def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
     rotated, radius = rotate(scaled, quantizer), jnp.where(usable, length, 1.0)[..., None]
     above = [rotated > boundary * radius for boundary in quantizer.codebook.boundaries]
     indices = functools.reduce(jnp.add, above, jnp.uint8(0))
-    return PackedVectors(pack(indices), jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer)
+    return PackedVectors(
+        pack(indices, jnp, quantizer.bits), jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer
+    )
 
 
 def decompress(packed: PackedVectors, dtype) -> jax.Array:
     centroids = _pad(jnp.asarray(packed.quantizer.codebook.centroids))
-    vectors = unrotate(centroids[unpack(packed.codes, jnp)], packed.quantizer)
+    vectors = unrotate(centroids[unpack(packed.codes, jnp, packed.quantizer.bits)], packed.quantizer)
     return (vectors * packed.norms[..., None]).astype(dtype)
 
 
@@ -71,7 +73,7 @@ def fused_qk_scores(q, codes, norms, words, scale):
     unit = flush(flush(jnp.float32(scale)) * step)
     row = jnp.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), jnp.nan)
     column = jnp.where(jnp.isfinite(norms), flush(norms), jnp.nan)
-    total = _integer_products(split(n), planes, unpack(codes, jnp))
+    total = _integer_products(split(n), planes, _unpack(codes, head_dim))
     scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, keys)
 
@@ -81,7 +83,7 @@ def dense_scores(q, codes, norms, centroids, scale):
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = codes.shape[1:3]
     q = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    vectors = _pad(centroids)[unpack(codes, jnp)] * norms[..., None]
+    vectors = _pad(centroids)[_unpack(codes, head_dim)] * norms[..., None]
     scores = jnp.einsum("bkrd,bksd->bkrs", q, vectors, precision=lax.Precision.HIGHEST) * scale
     return scores.reshape(batch, heads, length, keys)
 
@@ -135,6 +137,11 @@ def _integer_products(query_planes, table_planes, indices):
     middle = (product(hi, table_planes[1]) + product(lo, table_planes[0])).astype(jnp.float32)
     low = product(lo, table_planes[1]).astype(jnp.float32)
     return (high * 128.0 + middle) * 128.0 + low
+
+
+def _unpack(codes, head_dim):
+    """[..., P] bytes -> [..., D] indices."""
+    return unpack(codes, jnp, code_bits(codes.shape[-1], head_dim))
 
 
 def _unpack_words(words):
