@@ -57,7 +57,7 @@ def test_distortion_anchors():
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_sampled_distortion_within_one_percent_of_the_optimum(head_dim, bits):
     x = np.random.default_rng(7).standard_normal((20_000, head_dim)).astype(np.float32)
-    restored = tqcore.decompress(tqcore.compress(x, tqcore.Quantizer(head_dim, bits)))
+    restored = tqcore.decompress(tqcore.compress(x, tqcore.Quantizer(head_dim, bits, norm="plain")))
     sampled = np.mean(np.sum((x - restored) ** 2, -1) / np.sum(x**2, -1))
     optimum = expected_distortion(lloyd_max(head_dim, bits), head_dim)
     assert abs(sampled / optimum - 1) < 0.01
@@ -129,10 +129,10 @@ def test_a_coordinate_on_a_boundary_takes_the_lower_index():
 @pytest.mark.parametrize("magnitude", [2.0**-99, 1e-20, 1.0, 1e20, 2.0**120])
 def test_norms_hold_over_the_float_range(magnitude):
     x = (np.random.default_rng(3).standard_normal((20, 64)) * magnitude).astype(np.float32)
-    packed = tqcore.compress(x, tqcore.Quantizer(64))
+    packed = tqcore.compress(x, tqcore.Quantizer(64, norm="plain"))
     np.testing.assert_allclose(packed.norms, np.linalg.norm(x.astype(np.float64), axis=-1), rtol=3e-7)
     scaled = (
-        tqcore.compress(x / np.float32(magnitude), tqcore.Quantizer(64))
+        tqcore.compress(x / np.float32(magnitude), tqcore.Quantizer(64, norm="plain"))
         if magnitude in (2.0**-99, 2.0**120)
         else packed
     )
@@ -142,7 +142,7 @@ def test_norms_hold_over_the_float_range(magnitude):
 def test_zero_subnormal_and_non_finite_vectors():
     x = np.ones((5, 64), np.float32)
     x[0], x[1], x[2, 3], x[3, 0] = 0, 1e-39, np.nan, np.inf
-    packed = tqcore.compress(x, tqcore.Quantizer(64))
+    packed = tqcore.compress(x, tqcore.Quantizer(64, norm="plain"))
     assert np.array_equal(packed.norms[:2], [0, 0]) and np.all(np.isnan(packed.norms[2:4])) and packed.norms[4] == 8
     assert np.all(packed.codes[:4] == 0x77)
 

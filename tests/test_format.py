@@ -22,7 +22,10 @@ GOLDEN_CODES = (
     "9e5269c78a5d44bd47b358629c678ab85555c85b88b1f6b769b4db78f8763c49"
     "db8c3988cc556d66a9c91ca96898b95db79c488bc386c8b803952c238d7c54c5"
 )
-GOLDEN_NORMS = [1101336799, 1101354601, 1101330792]  # bits of float32
+GOLDEN_NORMS = {  # bits of float32
+    "plain": [1101336799, 1101354601, 1101330792],
+    "corrected": [1101436827, 1101502601, 1101461997],
+}
 GOLDEN_SIGNS = {0: "5115e2b0b89e9f5c1cd4d27246924df2", 1: "bb93e49446eb848d176e0a6110d71084"}
 GOLDEN_SHA = {1: "b327350f11211847", 2: "53ab1fcfbdbb6318", 3: "b599b70c1a41bb20", 4: "9731d8e08201cc60"}
 GOLDEN_PACKED = {1: "55", 2: "1b1b", 3: "1b1b33", 4: "01234567"}  # of the indices 0, 1, ..., 7, their low bits
@@ -36,9 +39,10 @@ GOLDEN_HAAR = [
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_golden_codes_and_norms(package):
     x = cpu_array(package, GOLDEN_X)
-    packed = package.compress(x, Quantizer(128)).map(to_numpy)
-    assert packed.codes[0].tobytes().hex() == GOLDEN_CODES
-    assert packed.norms.view(np.int32).tolist() == GOLDEN_NORMS
+    for norm, golden in GOLDEN_NORMS.items():
+        packed = package.compress(x, Quantizer(128, norm=norm)).map(to_numpy)
+        assert packed.codes[0].tobytes().hex() == GOLDEN_CODES
+        assert packed.norms.view(np.int32).tolist() == golden
     for bits, digest in GOLDEN_SHA.items():
         codes = to_numpy(package.compress(x, Quantizer(128, bits)).codes)
         assert hashlib.sha256(codes.tobytes()).hexdigest()[:16] == digest
@@ -56,7 +60,8 @@ def test_golden_packing(package, bits):
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_golden_scores(package):
-    packed = tqcore.compress(GOLDEN_X[None, None], Quantizer(128)).map(lambda x: to_array(package, x))
+    quantizer = Quantizer(128, norm="plain")
+    packed = tqcore.compress(GOLDEN_X[None, None], quantizer).map(lambda x: to_array(package, x))
     centroids = to_array(package, Quantizer(128).codebook.centroids)
     query = to_array(package, tqcore.rotate(GOLDEN_X[None, None, :1], Quantizer(128)))
     scores = package.fused_qk_scores(query, packed.codes, packed.norms, centroids, 128**-0.5, n_q_heads=1, n_kv_heads=1)
@@ -87,7 +92,7 @@ def test_file_is_safetensors_with_the_quantizer_in_its_metadata(tmp_path):
     header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
     assert header["__metadata__"]["format"] == "turboquant" and header["__metadata__"]["version"] == "2"
     assert json.loads(header["__metadata__"]["quantizers"]) == {
-        "": {"head_dim": 128, "bits": 3, "rotation": "hadamard", "seed": 5}
+        "": {"head_dim": 128, "bits": 3, "rotation": "hadamard", "seed": 5, "norm": "corrected", "qjl": False}
     }
     for name, array in (("codes", packed.codes), ("norms", packed.norms)):
         start, stop = header[name]["data_offsets"]
@@ -115,7 +120,7 @@ def test_files_of_version_1_are_read(package, bits, tmp_path):
     """Their indices lie in four bits, whatever their width."""
     from safetensors.numpy import save_file
 
-    packed = tqcore.compress(GOLDEN_X, Quantizer(128, bits))
+    packed = tqcore.compress(GOLDEN_X, Quantizer(128, bits, norm="plain"))
     codes = packing.pack(packing.unpack(packed.codes, np, bits), np, 4)
     fields = {"head_dim": 128, "bits": bits, "rotation": "hadamard", "seed": 0}
     metadata = {"format": "turboquant", "version": "1", "quantizers": json.dumps({"": fields})}

@@ -177,7 +177,7 @@ def test_attention_scores_of_compressed_keys(package, head_dim, bits):
     ("bits", "dtype"), [(4, "float32"), (4, "bfloat16"), (4, "float16"), (3, "float32"), (2, "float32"), (1, "float32")]
 )
 def test_encoders_agree_with_the_oracle(package, head_dim, bits, dtype):
-    """On a CPU exact where D is a power of two; elsewhere at most one level, about 1 in 10^6; norms within 2 ulp."""
+    """On a CPU exact where D is a power of two; elsewhere at most one level, about 1 in 10^6; norms within 2 ulp, corrected 8."""
     keys = np.random.default_rng(12).standard_normal((3, 4000, head_dim)).astype(np.float32)
     keys = np.asarray(jnp.asarray(keys).astype(dtype))
     quantizer = Quantizer(head_dim, bits)
@@ -188,7 +188,8 @@ def test_encoders_agree_with_the_oracle(package, head_dim, bits, dtype):
     ulps = np.abs(packed.norms.view(np.int32).astype(int) - expected.norms.view(np.int32))
     if not CUDA and head_dim & (head_dim - 1) == 0:
         assert not flips.any() and not ulps.any()
-    assert flips.max() <= 1 and np.mean(flips) <= 5e-6 and ulps.max() <= 2
+    assert flips.max() <= 1 and np.mean(flips) <= 5e-6
+    assert ulps[~flips.any(-1)].max() <= {"plain": 2, "corrected": 8}[quantizer.norm]
 
 
 @by_name
@@ -302,10 +303,10 @@ def test_torch_opcheck(implementation):
     torch.library.opcheck(op, (*arrays[:3], None, 4, given.scale, implementation))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96])
-def test_torch_opcheck_of_the_quantiser(head_dim):
+@pytest.mark.parametrize(("head_dim", "norm"), [(64, "corrected"), (96, "plain")])
+def test_torch_opcheck_of_the_quantiser(head_dim, norm):
     keys, _, quantizer = keys_and_query(head_dim)
-    keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0)
+    keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0, norm)
     codes, norms = torch.ops.tq_torch.compress(keys, *fields)
     torch.library.opcheck(torch.ops.tq_torch.compress.default, (keys, *fields))
     torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, *fields))

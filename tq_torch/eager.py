@@ -42,17 +42,21 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
     usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = torch.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = torch.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
-    length = tree_sum(scaled * scaled, torch).double().sqrt().float()  # torch's float32 root is not always the nearest
+    squares = tree_sum(scaled * scaled, torch)
+    length = squares.double().sqrt().float()  # torch's float32 root is not always the nearest
     rotated, radius = rotate(scaled, quantizer), torch.where(usable, length, 1.0)[..., None]
     indices = torch.zeros(rotated.shape, dtype=torch.uint8, device=x.device)
     for boundary in quantizer.codebook.boundaries.tolist():
         indices += rotated > boundary * radius
-    return pack(indices, torch, quantizer.bits), torch.where(finite, length * power_of_two(e), float("nan"))
+    if quantizer.norm == "corrected":
+        along = tree_sum(rotated * centroids(quantizer, x.device)[indices.long()], torch)  # ⟨x̃, Rᵀc⟩
+        length = squares / torch.where(usable, along, 1.0)
+    return pack(indices, torch, quantizer.code_bits), torch.where(finite, length * power_of_two(e), float("nan"))
 
 
 def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    table = _pad(centroids(quantizer, codes.device))
-    return unrotate(table[unpack(codes, torch, quantizer.bits).long()], quantizer) * norms[..., None]
+    table = centroids(quantizer, codes.device)
+    return unrotate(table[unpack(codes, torch, quantizer.code_bits).long()], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
@@ -130,6 +134,11 @@ def power_of_two(e):
 
 def flush(x):
     return torch.where(x.abs() < SMALLEST_NORMAL, torch.copysign(torch.zeros_like(x), x), x)
+
+
+def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """float32 product by way of float64, which a device's reduced-precision float32 products cannot touch."""
+    return (left.double() @ right.double()).float()
 
 
 def _integer_products(n, planes, indices):

@@ -9,6 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import tqcore
 from tq_torch import eager
+from tqcore import center as center_of
 from tqcore import checks, fixed_point
 from tqcore.codebook import Codebook
 from tqcore.packing import code_bits, packed_dim
@@ -45,8 +46,8 @@ def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return torch.ops.tq_torch.rotate(x, *_fields(quantizer), True)
 
 
-def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
-    """Quantises vectors: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+def compress(x: torch.Tensor, quantizer: Quantizer, *, center: torch.Tensor | None = None) -> PackedVectors:
+    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
 
     A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
     counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
@@ -54,26 +55,37 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
 
     Args:
       x: [..., S, D] float32, bfloat16 or float16.
-      quantizer: the rotation and the codebook.
+      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
+      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
+        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
 
     Returns:
-      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
 
     Raises:
-      ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
+      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
-    checks.check_vectors(x, quantizer)
-    codes, norms = torch.ops.tq_torch.compress(x.detach(), *_fields(quantizer))
-    return PackedVectors(codes, norms, quantizer)
+    checks.check_vectors(x, quantizer, center)
+    x = x.detach()
+    if center is not None:
+        checks.check_devices({"x": x.device, "center": center.device})
+        x = x.float() - center.detach()
+    codes, norms = torch.ops.tq_torch.compress(x, *_fields(quantizer))
+    residual = None
+    if quantizer.residual is not None:
+        rest = x.float() - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer))
+        signs, lengths = torch.ops.tq_torch.compress(rest, *_fields(quantizer.residual))
+        residual = PackedVectors(signs, lengths, quantizer.residual)
+    return PackedVectors(codes, norms, quantizer, center, residual)
 
 
 def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
-    """x̂ = norm · Rᵀ centroids[index].
+    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
 
     Args:
-      packed: codes [..., S, P], norms [..., S].
+      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
 
     Returns:
@@ -85,6 +97,10 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
     vectors = torch.ops.tq_torch.decompress(packed.codes, packed.norms, *_fields(packed.quantizer))
+    if packed.residual is not None:
+        vectors = vectors + decompress(packed.residual)
+    if packed.center is not None:
+        vectors = vectors + packed.center
     return vectors.to(getattr(torch, checks.dtype_name(dtype)))
 
 
@@ -136,28 +152,79 @@ def fused_qk_scores(
     return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, checks.as_scale(scale), implementation)
 
 
-def attention_scores(query: torch.Tensor, keys: PackedVectors, *, scale: float | None = None) -> torch.Tensor:
+def attention_scores(
+    query: torch.Tensor, keys: PackedVectors, *, scale: float | None = None, add_center: bool | None = None
+) -> torch.Tensor:
     """scale · ⟨query, k̂⟩ for every packed key, without decompressing it: ⟨q, norm·Rᵀc⟩ = norm·⟨R q, c⟩.
 
     Args:
       query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
       keys: PackedVectors [B, K, S, D], K dividing H.
       scale: None means 1/√D.
+      add_center: whether scale · ⟨query, center⟩ is included, a dense float32 product. None means where the center
+        varies along S. A center with an S axis of 1 adds one number to all scores of a row, which a softmax does not
+        see: it is left out unless True.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax.
 
     Raises:
-      ValueError: query and keys do not fit each other.
+      ValueError: query and keys do not fit each other, or `add_center` is False where the center varies along S.
     """
-    checks.check_attention_scores(query, keys, scale)
-    heads = query.shape[1], keys.codes.shape[1]
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.as_scale(scale)
+    checks.check_attention_scores(query, keys, scale, add_center)
+    scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
     named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms}
     checks.check_devices({name: tensor.device for name, tensor in named.items()})
-    rotated = rotate(query, keys.quantizer)
-    checks.check_scores(rotated, keys.codes, keys.norms, scale, *heads)
-    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, keys.quantizer.bits, scale, None)
+    scores = _packed_scores(query, keys, scale)
+    if keys.residual is not None:
+        scores = scores + _packed_scores(query, keys.residual, scale)
+    if center_of.is_added(keys, add_center):
+        scores = scores + center_of.scores(query.float(), keys.center, scale, keys.codes.shape[1], eager.matmul)
+    return scores
+
+
+def key_center(keys: torch.Tensor) -> torch.Tensor:
+    """The mean of keys over positions, for `compress(keys, quantizer, center=...)`: such as that of a prefill.
+
+    Args:
+      keys: [..., S, D] float32, bfloat16 or float16, S at least 1.
+
+    Returns:
+      [..., 1, D] float32.
+
+    Raises:
+      ValueError: keys have another dtype or rank, or no position.
+    """
+    checks.check_keys(keys)
+    return center_of.mean(keys.float(), torch)
+
+
+def rotary_center(
+    bias: torch.Tensor, positions: torch.Tensor, *, theta: float = 10_000.0, interleaved: bool = False
+) -> torch.Tensor:
+    """The bias of a key projection after rotary embedding, exact where `key_center` of rotated keys is not.
+
+    Coordinates i and i + D/2 turn by position · theta^(-2i/D). For scaled frequencies, pass `compress` a center of
+    your own; for scaled positions, scale `positions`.
+
+    Args:
+      bias: [..., D] float32, bfloat16 or float16, usually [K, D].
+      positions: [S] integers or floats.
+      theta: the base of the frequencies.
+      interleaved: coordinates 2i and 2i + 1 turn, in place of i and i + D/2.
+
+    Returns:
+      [..., S, D] float32.
+
+    Raises:
+      ValueError: bias or positions have another dtype or rank, D is odd, or theta is not positive.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864.
+    """
+    checks.check_rotary(bias, positions, theta)
+    checks.check_devices({"bias": bias.device, "positions": positions.device})
+    turns = torch.from_numpy(center_of.frequencies(bias.shape[-1], theta)).to(bias.device)
+    return center_of.rotary(bias.float(), positions.float()[:, None] * turns, interleaved, torch)
 
 
 def from_dlpack(packed: PackedVectors) -> PackedVectors:
@@ -175,6 +242,13 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
     return _map_file(tqcore.load_file(path), torch.from_numpy)
 
 
+def _packed_scores(query, keys, scale):
+    """Scores of the codes and norms alone."""
+    rotated, bits = rotate(query, keys.quantizer), keys.quantizer.code_bits
+    checks.check_scores(rotated, keys.codes, keys.norms, scale, query.shape[1], keys.codes.shape[1])
+    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, bits, scale, None)
+
+
 def _map_file(packed, function):
     if isinstance(packed, PackedVectors):
         return packed.map(function)
@@ -188,7 +262,7 @@ NEEDS = {
     "environment",
     "gluon": "'gluon' needs Triton with Gluon, 4-bit codes, head_dim up to 256 and CUDA tensors on a Hopper device",
 }
-QUANTIZER = "int head_dim, int bits, str rotation, int seed"
+QUANTIZER = "int head_dim, int bits, str rotation, int seed, str norm"
 _library = torch.library.Library("tq_torch", "DEF")
 _library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
 _library.define(f"compress(Tensor x, {QUANTIZER}) -> (Tensor, Tensor)")
@@ -204,15 +278,17 @@ _library.define(
 
 
 def _fields(quantizer):
-    return quantizer.head_dim, quantizer.bits, quantizer.rotation, quantizer.seed
+    """What encodes the codes and norms, without a residual."""
+    return quantizer.head_dim, quantizer.code_bits, quantizer.rotation, quantizer.seed, quantizer.norm
 
 
-def _quantizer(head_dim, bits, rotation, seed):
-    return Quantizer(head_dim, bits, rotation=rotation, seed=seed)
+def _quantizer(head_dim, bits, rotation, seed, norm):
+    return Quantizer(head_dim, bits, rotation=rotation, seed=seed, norm=norm)
 
 
-def _rotate(x, head_dim, bits, rotation, seed, inverse):
-    quantizer = _quantizer(head_dim, bits, rotation, seed)
+def _rotate(x, *fields_and_inverse):
+    *fields, inverse = fields_and_inverse
+    quantizer = _quantizer(*fields)
     return eager.unrotate(x, quantizer) if inverse else eager.rotate(x, quantizer)
 
 
@@ -298,7 +374,8 @@ def _save_rotation(ctx, inputs, output):
 
 
 def _rotate_backward(ctx, grad):
-    return torch.ops.tq_torch.rotate(grad, *ctx.fields, not ctx.inverse).to(ctx.dtype), None, None, None, None, None
+    of_x = torch.ops.tq_torch.rotate(grad, *ctx.fields, not ctx.inverse).to(ctx.dtype)
+    return of_x, *(None for _ in ctx.fields), None
 
 
 def _save_scores(ctx, inputs, output):

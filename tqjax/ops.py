@@ -1,5 +1,6 @@
 """The public operations: check, choose the implementation, call it."""
 
+import dataclasses
 import functools
 from os import PathLike
 
@@ -11,6 +12,7 @@ from jax.core import Tracer
 from numpy.typing import NDArray
 
 import tqcore
+from tqcore import center as center_of
 from tqcore import checks, fixed_point, tuning
 from tqcore.packing import code_bits
 from tqcore.quantizer import PackedVectors, Quantizer
@@ -52,33 +54,39 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return _unrotate(jnp.asarray(x), quantizer)
 
 
-def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
-    """Quantises vectors: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+def compress(x: jax.Array, quantizer: Quantizer, *, center: jax.Array | None = None) -> PackedVectors:
+    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
 
     A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
     counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
 
     Args:
       x: [..., S, D] float32, bfloat16 or float16.
-      quantizer: the rotation and the codebook.
+      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
+      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
+        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
 
     Returns:
-      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
 
     Raises:
-      ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
+      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
-    checks.check_vectors(x, quantizer)
-    return _compress(jnp.asarray(x), quantizer)
+    checks.check_vectors(x, quantizer, center)
+    if center is None:
+        return _compress(jnp.asarray(x), quantizer, None)
+    _check_devices(x=x, center=center)
+    center = jnp.asarray(center)
+    return dataclasses.replace(_compress(jnp.asarray(x), quantizer, center), center=center)
 
 
 def decompress(packed: PackedVectors, *, dtype="float32") -> jax.Array:
-    """x̂ = norm · Rᵀ centroids[index].
+    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
 
     Args:
-      packed: codes [..., S, P], norms [..., S].
+      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
 
     Returns:
@@ -144,30 +152,75 @@ def fused_qk_scores(
     return _scores(*arrays, words, checks.as_scale(scale), implementation)
 
 
-def attention_scores(query: jax.Array, keys: PackedVectors, *, scale: float | None = None) -> jax.Array:
+def attention_scores(
+    query: jax.Array, keys: PackedVectors, *, scale: float | None = None, add_center: bool | None = None
+) -> jax.Array:
     """scale · ⟨query, k̂⟩ for every packed key, without decompressing it: ⟨q, norm·Rᵀc⟩ = norm·⟨R q, c⟩.
 
     Args:
       query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
       keys: PackedVectors [B, K, S, D], K dividing H.
       scale: None means 1/√D.
+      add_center: whether scale · ⟨query, center⟩ is included, a dense float32 product. None means where the center
+        varies along S. A center with an S axis of 1 adds one number to all scores of a row, which a softmax does not
+        see: it is left out unless True.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax.
 
     Raises:
-      ValueError: query and keys do not fit each other.
+      ValueError: query and keys do not fit each other, or `add_center` is False where the center varies along S.
     """
-    checks.check_attention_scores(query, keys, scale)
-    return fused_qk_scores(
-        rotate(query, keys.quantizer),
-        keys.codes,
-        keys.norms,
-        keys.quantizer.codebook.centroids,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        n_q_heads=query.shape[1],
-        n_kv_heads=keys.codes.shape[1],
-    )
+    checks.check_attention_scores(query, keys, scale, add_center)
+    scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = _packed_scores(query, keys, scale)
+    if keys.residual is not None:
+        scores = scores + _packed_scores(query, keys.residual, scale)
+    if center_of.is_added(keys, add_center):
+        scores = scores + _center_scores(jnp.asarray(query), keys.center, scale, keys.codes.shape[1])
+    return scores
+
+
+def key_center(keys: jax.Array) -> jax.Array:
+    """The mean of keys over positions, for `compress(keys, quantizer, center=...)`: such as that of a prefill.
+
+    Args:
+      keys: [..., S, D] float32, bfloat16 or float16, S at least 1.
+
+    Returns:
+      [..., 1, D] float32.
+
+    Raises:
+      ValueError: keys have another dtype or rank, or no position.
+    """
+    checks.check_keys(keys)
+    return _key_center(jnp.asarray(keys))
+
+
+def rotary_center(
+    bias: jax.Array, positions: jax.Array, *, theta: float = 10_000.0, interleaved: bool = False
+) -> jax.Array:
+    """The bias of a key projection after rotary embedding, exact where `key_center` of rotated keys is not.
+
+    Coordinates i and i + D/2 turn by position · theta^(-2i/D). For scaled frequencies, pass `compress` a center of
+    your own; for scaled positions, scale `positions`.
+
+    Args:
+      bias: [..., D] float32, bfloat16 or float16, usually [K, D].
+      positions: [S] integers or floats.
+      theta: the base of the frequencies.
+      interleaved: coordinates 2i and 2i + 1 turn, in place of i and i + D/2.
+
+    Returns:
+      [..., S, D] float32.
+
+    Raises:
+      ValueError: bias or positions have another dtype or rank, D is odd, or theta is not positive.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864.
+    """
+    checks.check_rotary(bias, positions, theta)
+    return _rotary_center(jnp.asarray(bias), jnp.asarray(positions), float(theta), bool(interleaved))
 
 
 def from_dlpack(packed: PackedVectors) -> PackedVectors:
@@ -189,6 +242,22 @@ _rotate = jax.jit(xla.rotate, static_argnums=1)
 _unrotate = jax.jit(xla.unrotate, static_argnums=1)
 _compress = jax.jit(xla.compress, static_argnums=1)
 _decompress = jax.jit(xla.decompress, static_argnums=1)
+_key_center = jax.jit(xla.key_center)
+_rotary_center = jax.jit(xla.rotary_center, static_argnums=(2, 3))
+_center_scores = jax.jit(xla.center_scores, static_argnums=(2, 3))
+
+
+def _packed_scores(query, keys, scale):
+    """Scores of the codes and norms alone."""
+    return fused_qk_scores(
+        rotate(query, keys.quantizer),
+        keys.codes,
+        keys.norms,
+        keys.quantizer.codebook.centroids,
+        scale,
+        n_q_heads=query.shape[1],
+        n_kv_heads=keys.codes.shape[1],
+    )
 
 
 @functools.lru_cache(maxsize=64)

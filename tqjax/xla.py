@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tqcore import center as center_of
 from tqcore import fixed_point
 from tqcore.fixed_point import (
     ABS_MASK,
@@ -38,27 +39,68 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return jnp.matmul(x, matrix(quantizer), precision=lax.Precision.HIGHEST)
 
 
-def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
+def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> PackedVectors:
+    """All but the center itself, which need not pass through `jit`."""
     x = x.astype(jnp.float32)
+    if center is not None:
+        x = x - center
+    codes, norms = _encode(x, quantizer)
+    residual = None
+    if quantizer.residual is not None:
+        rest = x - _decode(codes, norms, quantizer)
+        residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
+    return PackedVectors(codes, norms, quantizer, None, residual)
+
+
+def decompress(packed: PackedVectors, dtype) -> jax.Array:
+    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
+    if packed.residual is not None:
+        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
+    if packed.center is not None:
+        vectors = vectors + packed.center
+    return vectors.astype(dtype)
+
+
+def key_center(keys: jax.Array) -> jax.Array:
+    return center_of.mean(keys.astype(jnp.float32), jnp)
+
+
+def rotary_center(bias: jax.Array, positions: jax.Array, theta: float, interleaved: bool) -> jax.Array:
+    angles = positions.astype(jnp.float32)[:, None] * center_of.frequencies(bias.shape[-1], theta)
+    return center_of.rotary(bias.astype(jnp.float32), angles, interleaved, jnp)
+
+
+def center_scores(query, center, scale, kv_heads):
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return center_of.scores(query.astype(jnp.float32), center, scale, kv_heads, matmul)
+
+
+def _encode(x, quantizer):
+    """Codes and norms, without a residual.
+
+    A product that is added to passes through a minimum that changes nothing, which keeps XLA from fusing the two.
+    """
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = jnp.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = jnp.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
-    squares = jnp.minimum(scaled * scaled, QUERY_LIMIT**2)  # changes nothing but keeps XLA from fusing them into adds
-    length = jnp.sqrt(tree_sum(squares, jnp))
+    squares = tree_sum(jnp.minimum(scaled * scaled, QUERY_LIMIT**2), jnp)
+    length = jnp.sqrt(squares)
     rotated, radius = rotate(scaled, quantizer), jnp.where(usable, length, 1.0)[..., None]
     above = [rotated > boundary * radius for boundary in quantizer.codebook.boundaries]
     indices = functools.reduce(jnp.add, above, jnp.uint8(0))
-    return PackedVectors(
-        pack(indices, jnp, quantizer.bits), jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer
-    )
+    if quantizer.norm == "corrected":
+        products = rotated * jnp.asarray(quantizer.codebook.centroids)[indices]
+        along = tree_sum(jnp.minimum(products, QUERY_LIMIT**2), jnp)  # ⟨x̃, Rᵀc⟩
+        length = squares / jnp.where(usable, along, 1.0)
+    return pack(indices, jnp, quantizer.code_bits), jnp.where(finite, length * power_of_two(e), jnp.nan)
 
 
-def decompress(packed: PackedVectors, dtype) -> jax.Array:
-    centroids = _pad(jnp.asarray(packed.quantizer.codebook.centroids))
-    vectors = unrotate(centroids[unpack(packed.codes, jnp, packed.quantizer.bits)], packed.quantizer)
-    return (vectors * packed.norms[..., None]).astype(dtype)
+def _decode(codes, norms, quantizer):
+    """norm · Rᵀ centroids[index]."""
+    centroids = jnp.asarray(quantizer.codebook.centroids)
+    return unrotate(centroids[unpack(codes, jnp, quantizer.code_bits)], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
