@@ -173,8 +173,8 @@ def attention_scores(
     """
     checks.check_attention_scores(query, keys, scale, add_center)
     scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
-    named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms}
-    checks.check_devices({name: tensor.device for name, tensor in named.items()})
+    named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms, "keys.center": keys.center}
+    checks.check_devices({name: tensor.device for name, tensor in named.items() if tensor is not None})
     scores = _packed_scores(query, keys, scale)
     if keys.residual is not None:
         scores = scores + _packed_scores(query, keys.residual, scale)
@@ -205,7 +205,8 @@ def rotary_center(
     """The bias of a key projection after rotary embedding, exact where `key_center` of rotated keys is not.
 
     Coordinates i and i + D/2 turn by position · theta^(-2i/D). For scaled frequencies, pass `compress` a center of
-    your own; for scaled positions, scale `positions`.
+    your own; for scaled positions, scale `positions`. The center of a single position looks like one that all share:
+    where its scores join those of others, ask `attention_scores` for `add_center=True`.
 
     Args:
       bias: [..., D] float32, bfloat16 or float16, usually [K, D].

@@ -203,7 +203,8 @@ def rotary_center(
     """The bias of a key projection after rotary embedding, exact where `key_center` of rotated keys is not.
 
     Coordinates i and i + D/2 turn by position · theta^(-2i/D). For scaled frequencies, pass `compress` a center of
-    your own; for scaled positions, scale `positions`.
+    your own; for scaled positions, scale `positions`. The center of a single position looks like one that all share:
+    where its scores join those of others, ask `attention_scores` for `add_center=True`.
 
     Args:
       bias: [..., D] float32, bfloat16 or float16, usually [K, D].

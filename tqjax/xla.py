@@ -43,7 +43,7 @@ def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> Pa
     """All but the center itself, which need not pass through `jit`."""
     x = x.astype(jnp.float32)
     if center is not None:
-        x = x - center
+        x = _rounded(x) - _rounded(center)
     codes, norms = _encode(x, quantizer)
     residual = None
     if quantizer.residual is not None:
@@ -62,7 +62,7 @@ def decompress(packed: PackedVectors, dtype) -> jax.Array:
 
 
 def key_center(keys: jax.Array) -> jax.Array:
-    return center_of.mean(keys.astype(jnp.float32), jnp)
+    return center_of.mean(_rounded(keys.astype(jnp.float32)), jnp)
 
 
 def rotary_center(bias: jax.Array, positions: jax.Array, theta: float, interleaved: bool) -> jax.Array:
@@ -73,6 +73,11 @@ def rotary_center(bias: jax.Array, positions: jax.Array, theta: float, interleav
 def center_scores(query, center, scale, kv_heads):
     matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return center_of.scores(query.astype(jnp.float32), center, scale, kv_heads, matmul)
+
+
+def _rounded(x):
+    """x, by a select that keeps XLA from fusing a product that x comes from into a sum."""
+    return jnp.where(jnp.isfinite(x), x, x + x)
 
 
 def _encode(x, quantizer):
