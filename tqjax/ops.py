@@ -25,9 +25,9 @@ except ImportError:  # a JAX without Pallas-Triton
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
 NEEDS = {
-    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton, 4-bit codes and head_dim up to 256",
-    "triton": "'triton' needs CUDA, an installed Triton, 4-bit codes and head_dim up to 256",
-    "gluon": "'gluon' needs a Hopper device, an installed Triton, 4-bit codes and head_dim up to 256",
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and 4-bit codes of head_dim up to 256",
+    "triton": "'triton' needs CUDA, an installed Triton and 4-bit codes of head_dim up to 256",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton and 4-bit codes of head_dim up to 256",
 }
 
 
