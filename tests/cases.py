@@ -25,11 +25,13 @@ class Case:
     table: str = "dyadic"
     values: str = "normal"
     scale: float | None = None
+    bits: int = 4
 
     def __str__(self) -> str:
         odd = [f"{self.table}", *(x for x in (self.dtype, self.values) if x not in ("float32", "normal"))]
         scale = [] if self.scale is None else [f"scale{self.scale:g}"]
-        return "-".join([f"B{self.B}K{self.K}G{self.G}T{self.T}S{self.S}D{self.D}", *odd, *scale])
+        bits = [] if self.bits == 4 else [f"{self.bits}bit"]
+        return "-".join([f"B{self.B}K{self.K}G{self.G}T{self.T}S{self.S}D{self.D}", *bits, *odd, *scale])
 
 
 BASE = Case()
@@ -56,6 +58,16 @@ CASES = [
     replace(BASE, B=3, K=5, G=3, T=2, S=129, D=96, table="random", dtype="bfloat16", values="not finite"),
     *(replace(BASE, S=0, T=T) for T in (1, 0)),
     replace(BASE, T=0),
+    *(
+        replace(BASE, bits=bits, D=D, T=T, G=G, S=100)
+        for bits in (1, 2, 3)
+        for D in (8, 80, 128)
+        for T, G in ((1, 4), (3, 5))
+    ),
+    *(replace(BASE, bits=2, D=D) for D in (4, 36, 100)),
+    *(replace(BASE, bits=bits, table=table) for bits in (1, 2, 3) for table in ("random", "one")),
+    *(replace(BASE, bits=bits, values="not finite", dtype="bfloat16") for bits in (1, 2, 3)),
+    *(replace(BASE, bits=bits, S=0) for bits in (1, 3)),
 ]
 
 
@@ -85,13 +97,13 @@ def inputs(case: Case) -> Inputs:
     rng = np.random.default_rng(abs(hash_of(case)))
     q = rng.standard_normal((case.B, case.K * case.G, case.T, case.D))
     q *= np.exp(rng.standard_normal((*q.shape[:-1], 1)))
-    codes = rng.integers(0, 256, (case.B, case.K, case.S, case.D // 2), dtype=np.uint8)
+    codes = rng.integers(0, 256, (case.B, case.K, case.S, case.D * case.bits // 8), dtype=np.uint8)
     norms = np.exp(rng.standard_normal((case.B, case.K, case.S))).astype(np.float32) * np.float32(case.D**0.5)
     with np.errstate(over="ignore", under="ignore"):
         q, norms = VALUES[case.values](q, norms)
         q = q.astype(DTYPES[case.dtype])
     scale = case.D**-0.5 if case.scale is None else case.scale
-    centroids = TABLES[case.table](case.D, rng).astype(np.float32)
+    centroids = TABLES[case.table](case, rng).astype(np.float32)
     return Inputs(q, codes, norms, centroids, scale, case.K * case.G, case.K)
 
 
@@ -104,12 +116,12 @@ def oracle(inputs: Inputs) -> np.ndarray:
 
 
 TABLES = {
-    "dyadic": lambda D, rng: tqcore.Codebook(D, 4).centroids,
-    "gaussian": lambda D, rng: ndtri((np.arange(16) + 0.5) / 16) / np.sqrt(D),
-    "eight": lambda D, rng: tqcore.Codebook(D, 3).centroids,
-    "random": lambda D, rng: np.sort(rng.standard_normal(16)),
-    "one": lambda D, rng: np.array([0.3]),
-    "largest": lambda D, rng: np.arange(-127, 128, 17)[:16] / 4,
+    "dyadic": lambda case, rng: tqcore.Codebook(case.D, case.bits).centroids,
+    "gaussian": lambda case, rng: ndtri((np.arange(2**case.bits) + 0.5) / 2**case.bits) / np.sqrt(case.D),
+    "eight": lambda case, rng: tqcore.Codebook(case.D, 3).centroids,
+    "random": lambda case, rng: np.sort(rng.standard_normal(2**case.bits)),
+    "one": lambda case, rng: np.array([0.3]),
+    "largest": lambda case, rng: np.arange(-127, 128, 17)[: 2**case.bits] / 4,
 }
 
 

@@ -57,7 +57,7 @@ def test_distortion_anchors():
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_sampled_distortion_within_one_percent_of_the_optimum(head_dim, bits):
     x = np.random.default_rng(7).standard_normal((20_000, head_dim)).astype(np.float32)
-    restored = tqcore.decompress(tqcore.compress(x, tqcore.Quantizer(head_dim, bits)))
+    restored = tqcore.decompress(tqcore.compress(x, tqcore.Quantizer(head_dim, bits, norm="plain")))
     sampled = np.mean(np.sum((x - restored) ** 2, -1) / np.sum(x**2, -1))
     optimum = expected_distortion(lloyd_max(head_dim, bits), head_dim)
     assert abs(sampled / optimum - 1) < 0.01
@@ -120,19 +120,19 @@ def test_a_coordinate_on_a_boundary_takes_the_lower_index():
     x = tqcore.unrotate(rotated, quantizer)
     again = tqcore.rotate(x, quantizer)[0, 0]
     norm = np.float32(tqcore.compress(x, quantizer).norms[0])
-    index = packing.unpack(tqcore.compress(x, quantizer).codes, np)[0, 0]
+    index = packing.unpack(tqcore.compress(x, quantizer).codes, np, 2)[0, 0]
     assert index == 2 + (again > np.float32(boundary) * norm)
-    zero = packing.unpack(tqcore.compress(np.zeros((1, 4), np.float32), quantizer).codes, np)
+    zero = packing.unpack(tqcore.compress(np.zeros((1, 4), np.float32), quantizer).codes, np, 2)
     assert np.all(zero == 1)  # +0 lies on the middle boundary
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-99, 1e-20, 1.0, 1e20, 2.0**120])
 def test_norms_hold_over_the_float_range(magnitude):
     x = (np.random.default_rng(3).standard_normal((20, 64)) * magnitude).astype(np.float32)
-    packed = tqcore.compress(x, tqcore.Quantizer(64))
+    packed = tqcore.compress(x, tqcore.Quantizer(64, norm="plain"))
     np.testing.assert_allclose(packed.norms, np.linalg.norm(x.astype(np.float64), axis=-1), rtol=3e-7)
     scaled = (
-        tqcore.compress(x / np.float32(magnitude), tqcore.Quantizer(64))
+        tqcore.compress(x / np.float32(magnitude), tqcore.Quantizer(64, norm="plain"))
         if magnitude in (2.0**-99, 2.0**120)
         else packed
     )
@@ -142,15 +142,16 @@ def test_norms_hold_over_the_float_range(magnitude):
 def test_zero_subnormal_and_non_finite_vectors():
     x = np.ones((5, 64), np.float32)
     x[0], x[1], x[2, 3], x[3, 0] = 0, 1e-39, np.nan, np.inf
-    packed = tqcore.compress(x, tqcore.Quantizer(64))
+    packed = tqcore.compress(x, tqcore.Quantizer(64, norm="plain"))
     assert np.array_equal(packed.norms[:2], [0, 0]) and np.all(np.isnan(packed.norms[2:4])) and packed.norms[4] == 8
     assert np.all(packed.codes[:4] == 0x77)
 
 
 def test_nbytes_and_shape():
-    packed = tqcore.compress(np.ones((2, 3, 5, 128), np.float32), tqcore.Quantizer(128))
-    assert packed.shape == (2, 3, 5, 128)
-    assert packed.nbytes == 2 * 3 * 5 * 68
+    for bits in (1, 2, 3, 4):
+        packed = tqcore.compress(np.ones((2, 3, 5, 128), np.float32), tqcore.Quantizer(128, bits))
+        assert packed.shape == (2, 3, 5, 128)
+        assert packed.nbytes == 2 * 3 * 5 * (16 * bits + 4)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------
@@ -207,7 +208,37 @@ def test_one_plane_and_two_give_the_same_bits(table):
     assert np.array_equal(*products)
 
 
-def test_packing_puts_the_even_coordinate_high():
-    assert packing.pack(np.array([[1, 2, 15, 0]], np.uint8)).tolist() == [[0x12, 0xF0]]
-    everything = np.arange(256, dtype=np.uint8)
-    assert np.array_equal(packing.pack(packing.unpack(everything[None], np)), everything[None])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_packing_is_a_bijection(bits):
+    everything = np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)[::5]] * 3), -1).reshape(-1, 3)
+    indices = packing.unpack(everything, np, bits)
+    assert indices.shape[-1] == 24 // bits and indices.max() < 2**bits
+    assert np.array_equal(packing.pack(indices, np, bits), everything)
+
+
+def test_packing_is_that_of_the_format():
+    """docs/format.md, bit by bit."""
+    indices = np.random.default_rng(6).integers(0, 8, (5, 48), dtype=np.uint8)
+    bit = {k: (indices >> k & 1).astype(int) for k in range(3)}
+    four, two, one = (packing.pack(indices & (2**bits - 1), np, bits).astype(int) for bits in (4, 2, 1))
+    three = packing.pack(indices, np, 3).astype(int)
+    for d in range(48):
+        nibble = four[:, d // 2] >> (4 if d % 2 == 0 else 0)
+        assert np.array_equal(nibble & 15, indices[:, d])
+        for plane in (two, three[:, :12]):
+            pair = plane[:, d // 4] >> (6 - 2 * (d % 4))
+            assert np.array_equal(pair & 3, indices[:, d] & 3)
+        assert np.array_equal(one[:, d // 8] >> (7 - d % 8) & 1, bit[0][:, d])
+        place = [0, 1, 4, 5, 2, 3, 6, 7].index(d % 8)
+        assert np.array_equal(three[:, 12 + d // 8] >> (7 - place) & 1, bit[2][:, d])
+
+
+def test_three_bit_nibbles_stand_beside_each_other():
+    """What lets a kernel put the planes together by shifts and masks: a nibble of highs serves two of lows."""
+    codes = packing.pack(np.arange(8, dtype=np.uint8)[None], np, 3)[0].astype(int)
+    low, high = codes[:2], codes[2]
+    for shift in (4, 0):
+        pairs = [(byte >> shift & 15) >> place & 3 for byte in low for place in (2, 0)]
+        highs = [high >> shift >> place & 1 for place in (3, 2, 1, 0)]
+        together = [4 * h + p for h, p in zip(highs, pairs, strict=True)]
+        assert together == ([0, 1, 4, 5] if shift else [2, 3, 6, 7])

@@ -34,20 +34,23 @@ BAD_SCORES = {
     "q dtype": ({"q_rotated": Q.astype(np.int32)}, "`q_rotated` must be an array [B, H, T, D] of float32, bfloat16 or float16, got shape [2, 8, 1, 64], dtype int32."),
     "q rank": ({"q_rotated": Q[0]}, "`q_rotated` must be an array [B, H, T, D] of float32, bfloat16 or float16, got shape [8, 1, 64], dtype float32."),
     "q type": ({"q_rotated": 3}, "`q_rotated` must be an array [B, H, T, D] of float32, bfloat16 or float16, got an object of type int."),
-    "codes dtype": ({"packed_indices": CODES.astype(np.int8)}, "`packed_indices` must be an array [B, K, S, D/2] of uint8, got shape [2, 2, 5, 32], dtype int8."),
-    "codes rank": ({"packed_indices": CODES[0]}, "`packed_indices` must be an array [B, K, S, D/2] of uint8, got shape [2, 5, 32], dtype uint8."),
+    "codes dtype": ({"packed_indices": CODES.astype(np.int8)}, "`packed_indices` must be an array [B, K, S, P] of uint8, got shape [2, 2, 5, 32], dtype int8."),
+    "codes rank": ({"packed_indices": CODES[0]}, "`packed_indices` must be an array [B, K, S, P] of uint8, got shape [2, 5, 32], dtype uint8."),
     "norms dtype": ({"norms": NORMS.astype(np.float16)}, "`norms` must be an array [B, K, S] of float32, got shape [2, 2, 5], dtype float16."),
     "norms rank": ({"norms": NORMS[..., None]}, "`norms` must be an array [B, K, S] of float32, got shape [2, 2, 5, 1], dtype float32."),
     "centroids dtype": ({"centroids": TABLE.astype(np.float16)}, "`centroids` must be an array [L] of float32, got shape [16], dtype float16."),
     "odd D": ({"q_rotated": Q[..., :63]}, "`head_dim` must be an even integer from 2 to 1024, got 63."),
-    "packed D": ({"packed_indices": CODES[..., :31]}, "the last axis of `packed_indices` must be head_dim / 2, got shape [2, 2, 5, 31], head_dim=64."),
+    "packed D": ({"packed_indices": CODES[..., :31]}, "the last axis of `packed_indices` must be head_dim * bits / 8 for bits of 1, 2, 3 or 4, got shape [2, 2, 5, 31], head_dim=64."),
     "mismatching S": ({"norms": NORMS[..., :4]}, "`norms` must have the shape of `packed_indices` without its last axis, got [2, 2, 4] and [2, 2, 5, 32]."),
     "mismatching batch": ({"q_rotated": Q[:1]}, "`q_rotated` and `packed_indices` must have one batch size, got 1 and 2."),
     "head counts": ({"n_q_heads": 4}, "`n_q_heads` and `n_kv_heads` must be the head axes of `q_rotated` and `packed_indices`, got n_q_heads=4, n_kv_heads=2 for 8 and 2 heads."),
     "heads that do not divide": ({"q_rotated": Q[:, :7], "n_q_heads": 7}, "`n_q_heads` must be a multiple of `n_kv_heads`, got n_q_heads=7, n_kv_heads=2."),
     "no heads": ({"packed_indices": CODES[:, :0], "norms": NORMS[:, :0], "n_kv_heads": 0}, "`n_q_heads` must be a multiple of `n_kv_heads`, got n_q_heads=8, n_kv_heads=0."),
-    "17 centroids": ({"centroids": np.linspace(-1, 1, 17, dtype=np.float32)}, "`centroids` must have 1 to 16 entries, got 17."),
-    "no centroids": ({"centroids": TABLE[:0]}, "`centroids` must have 1 to 16 entries, got 0."),
+    "17 centroids": ({"centroids": np.linspace(-1, 1, 17, dtype=np.float32)}, "`centroids` must have 1 to 16 entries, got 17, bits=4."),
+    "no centroids": ({"centroids": TABLE[:0]}, "`centroids` must have 1 to 16 entries, got 0, bits=4."),
+    "too many centroids": ({"packed_indices": CODES[..., :16]}, "`centroids` must have 1 to 4 entries, got 16, bits=2."),
+    "no codes": ({"packed_indices": CODES[..., :0]}, "the last axis of `packed_indices` must be head_dim * bits / 8 for bits of 1, 2, 3 or 4, got shape [2, 2, 5, 0], head_dim=64."),
+    "5 bits": ({"packed_indices": np.zeros((2, 2, 5, 40), np.uint8)}, "the last axis of `packed_indices` must be head_dim * bits / 8 for bits of 1, 2, 3 or 4, got shape [2, 2, 5, 40], head_dim=64."),
     "unsorted centroids": ({"centroids": TABLE[:2][::-1].copy()}, f"`centroids` must be finite and ascending, got {TABLE[:2][::-1].tolist()}."),
     "infinite centroids": ({"centroids": np.array([0, np.inf], np.float32)}, "`centroids` must be finite and ascending, got [0.0, inf]."),
     "NaN centroids": ({"centroids": np.array([np.nan, 0], np.float32)}, "`centroids` must be finite and ascending, got [nan, 0.0]."),
@@ -65,7 +68,8 @@ BAD_CALLS = {
     "unrotate dtype": (lambda p, a: p.unrotate(a(CODES), Quantizer(32)), "`x` must be an array [..., D] of float32, bfloat16 or float16, got shape [2, 2, 5, 32], dtype uint8."),
     "decompress type": (lambda p, a: p.decompress(a(X)), "`packed` must be PackedVectors, got an object of type "),
     "decompress dtype": (lambda p, a: p.decompress(PACKED.map(a), dtype="float64"), "`dtype` must be float32, bfloat16 or float16, got float64."),
-    "packed width": (lambda p, a: p.decompress(PackedVectors(a(CODES), a(NORMS), Quantizer(128))), "the last axis of `packed.codes` must be head_dim / 2, got shape [2, 2, 5, 32], head_dim=128."),
+    "packed width": (lambda p, a: p.decompress(PackedVectors(a(CODES), a(NORMS), Quantizer(128))), "the last axis of `packed.codes` must be head_dim * bits / 8, got shape [2, 2, 5, 32], head_dim=128, bits=4."),
+    "packed bits": (lambda p, a: p.decompress(PackedVectors(a(CODES), a(NORMS), Quantizer(64, 3))), "the last axis of `packed.codes` must be head_dim * bits / 8, got shape [2, 2, 5, 32], head_dim=64, bits=3."),
     "packed norms": (lambda p, a: p.decompress(PackedVectors(a(CODES), a(NORMS[0]), Quantizer(64))), "`packed.norms` must have the shape of `packed.codes` without its last axis, got [2, 5] and [2, 2, 5, 32]."),
     "query width": (lambda p, a: p.attention_scores(a(Q[..., :32]), PACKED.map(a)), "the last axis of `query` must be the keys' head_dim, got shape [2, 8, 1, 32], head_dim=64."),
     "query rank": (lambda p, a: p.attention_scores(a(Q[0]), PACKED.map(a)), "`query` must be an array [B, H, T, D] of float32, bfloat16 or float16, got shape [8, 1, 64], dtype float32."),
@@ -77,6 +81,9 @@ BAD_CALLS = {
     "no bits": (lambda p, a: p.Quantizer(64, 0), "`bits` must be 1, 2, 3 or 4, got 0."),
     "head_dim odd": (lambda p, a: p.Quantizer(65), "`head_dim` must be an even integer from 2 to 1024, got 65."),
     "head_dim large": (lambda p, a: p.Codebook(1026, 4), "`head_dim` must be an even integer from 2 to 1024, got 1026."),
+    "head_dim of 2 bits": (lambda p, a: p.Quantizer(66, 2), "`head_dim` must be a multiple of 4 for 2-bit codes, got 66."),
+    "head_dim of 3 bits": (lambda p, a: p.Quantizer(68, 3), "`head_dim` must be a multiple of 8 for 3-bit codes, got 68."),
+    "head_dim of 1 bit": (lambda p, a: p.Quantizer(68, 1), "`head_dim` must be a multiple of 8 for 1-bit codes, got 68."),
     "hadamard 96": (lambda p, a: p.Quantizer(96, rotation="hadamard"), "`rotation` must be None, 'haar', or, where head_dim is a power of two, 'hadamard', got rotation='hadamard', head_dim=96."),
     "seed": (lambda p, a: p.Quantizer(64, seed=-1), "`seed` must be an integer of at least 0, got -1."),
 }  # fmt: skip
@@ -123,12 +130,19 @@ def test_different_devices():
 
 
 def test_implementations_say_what_they_cannot_do():
-    wide = inputs(replace(BASE, D=512, S=3))
+    cases = {
+        "head_dim=512": replace(BASE, D=512, S=3),
+        "bits=3": replace(BASE, bits=3),
+        "bits=1": replace(BASE, bits=1),
+    }
     for package, name in ((tqjax, "pallas_triton"), (tq_torch, "triton"), (tq_torch, "gluon")):
-        arrays = [to_array(package, x) for x in wide.arrays]
-        with pytest.raises(NotImplementedError, match=f"'{name}' needs .*head_dim up to 256.*512.*has no such need"):
-            package.fused_qk_scores(*arrays, wide.scale, **wide.heads, implementation=name)
-        assert_same_bits(to_numpy(package.fused_qk_scores(*arrays, wide.scale, **wide.heads)), oracle(wide))
+        for came, case in cases.items():
+            given = inputs(case)
+            arrays = [to_array(package, x) for x in given.arrays]
+            needs = f"'{name}' needs .*4-bit codes.*head_dim up to 256.*got .*{came}.*has no such need"
+            with pytest.raises(NotImplementedError, match=needs):
+                package.fused_qk_scores(*arrays, given.scale, **given.heads, implementation=name)
+            assert_same_bits(to_numpy(package.fused_qk_scores(*arrays, given.scale, **given.heads)), oracle(given))
 
 
 # --- the whole path -------------------------------------------------------------------------------------------
@@ -159,18 +173,23 @@ def test_attention_scores_of_compressed_keys(package, head_dim, bits):
 
 @pytest.mark.parametrize("package", [tqjax, tq_torch], ids=lambda package: package.__name__)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_encoders_agree_with_the_oracle(package, head_dim, dtype):
-    """On a CPU exact where D is a power of two; elsewhere at most one level, about 1 in 10^6; norms within 2 ulp."""
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(4, "float32"), (4, "bfloat16"), (4, "float16"), (3, "float32"), (2, "float32"), (1, "float32")]
+)
+def test_encoders_agree_with_the_oracle(package, head_dim, bits, dtype):
+    """On a CPU exact where D is a power of two; elsewhere at most one level, about 1 in 10^6; norms within 2 ulp, corrected 8."""
     keys = np.random.default_rng(12).standard_normal((3, 4000, head_dim)).astype(np.float32)
     keys = np.asarray(jnp.asarray(keys).astype(dtype))
-    expected = tqcore.compress(keys, Quantizer(head_dim))
-    packed = package.compress(to_array(package, keys), Quantizer(head_dim)).map(to_numpy)
-    flips = np.abs(packing.unpack(packed.codes, np).astype(int) - packing.unpack(expected.codes, np))
+    quantizer = Quantizer(head_dim, bits)
+    expected = tqcore.compress(keys, quantizer)
+    packed = package.compress(to_array(package, keys), quantizer).map(to_numpy)
+    got, wanted = (packing.unpack(x.codes, np, bits).astype(int) for x in (packed, expected))
+    flips = np.abs(got - wanted)
     ulps = np.abs(packed.norms.view(np.int32).astype(int) - expected.norms.view(np.int32))
     if not CUDA and head_dim & (head_dim - 1) == 0:
         assert not flips.any() and not ulps.any()
-    assert flips.max() <= 1 and np.mean(flips) <= 5e-6 and ulps.max() <= 2
+    assert flips.max() <= 1 and np.mean(flips) <= 5e-6
+    assert ulps[~flips.any(-1)].max() <= {"plain": 2, "corrected": 8}[quantizer.norm]
 
 
 @by_name
@@ -284,10 +303,10 @@ def test_torch_opcheck(implementation):
     torch.library.opcheck(op, (*arrays[:3], None, 4, given.scale, implementation))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96])
-def test_torch_opcheck_of_the_quantiser(head_dim):
+@pytest.mark.parametrize(("head_dim", "norm"), [(64, "corrected"), (96, "plain")])
+def test_torch_opcheck_of_the_quantiser(head_dim, norm):
     keys, _, quantizer = keys_and_query(head_dim)
-    keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0)
+    keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0, norm)
     codes, norms = torch.ops.tq_torch.compress(keys, *fields)
     torch.library.opcheck(torch.ops.tq_torch.compress.default, (keys, *fields))
     torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, *fields))

@@ -1,4 +1,4 @@
-"""TurboQuant KV-cache attention for PyTorch: packed 4-bit keys scored without decompressing them.
+"""TurboQuant KV-cache attention for PyTorch: packed 1- to 4-bit keys scored without decompressing them.
 
 Letters, shapes and operations are those of `tqcore`; arrays are torch tensors.
 """
@@ -9,7 +9,9 @@ from tq_torch.ops import (
     decompress,
     from_dlpack,
     fused_qk_scores,
+    key_center,
     load_file,
+    rotary_center,
     rotate,
     save_file,
     unrotate,
@@ -26,7 +28,9 @@ __all__ = [
     "decompress",
     "from_dlpack",
     "fused_qk_scores",
+    "key_center",
     "load_file",
+    "rotary_center",
     "rotate",
     "save_file",
     "unrotate",

@@ -17,7 +17,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import pack, unpack
+from tqcore.packing import code_bits, pack, unpack
 from tqcore.quantizer import Quantizer
 
 
@@ -42,17 +42,21 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
     usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = torch.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = torch.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
-    length = tree_sum(scaled * scaled, torch).double().sqrt().float()  # torch's float32 root is not always the nearest
+    squares = tree_sum(scaled * scaled, torch)
+    length = squares.double().sqrt().float()  # torch's float32 root is not always the nearest
     rotated, radius = rotate(scaled, quantizer), torch.where(usable, length, 1.0)[..., None]
     indices = torch.zeros(rotated.shape, dtype=torch.uint8, device=x.device)
     for boundary in quantizer.codebook.boundaries.tolist():
         indices += rotated > boundary * radius
-    return pack(indices), torch.where(finite, length * power_of_two(e), float("nan"))
+    if quantizer.norm == "corrected":
+        along = tree_sum(rotated * centroids(quantizer, x.device)[indices.long()], torch)  # ⟨x̃, Rᵀc⟩
+        length = squares / torch.where(usable, along, 1.0)
+    return pack(indices, torch, quantizer.code_bits), torch.where(finite, length * power_of_two(e), float("nan"))
 
 
 def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    table = _pad(centroids(quantizer, codes.device))
-    return unrotate(table[unpack(codes, torch).long()], quantizer) * norms[..., None]
+    table = centroids(quantizer, codes.device)
+    return unrotate(table[unpack(codes, torch, quantizer.code_bits).long()], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
@@ -67,7 +71,7 @@ def fused_qk_scores(q, codes, norms, words, scale):
     unit = flush(flush(torch.full_like(step, scale)) * step)
     row = torch.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), float("nan"))
     column = torch.where(torch.isfinite(norms), flush(norms), float("nan"))
-    total = _integer_products(n, planes, unpack(codes, torch).long())
+    total = _integer_products(n, planes, _unpack(codes, head_dim))
     scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, keys)
 
@@ -81,7 +85,7 @@ def score_gradients(grad, q, codes, norms, centroids, scale):
     kv_heads, keys = codes.shape[1:3]
     rows = (batch, kv_heads, heads // kv_heads * length)
     grad = grad.float().reshape(*rows, keys) * scale
-    queries, indices = q.float().reshape(*rows, head_dim), unpack(codes, torch).long()
+    queries, indices = q.float().reshape(*rows, head_dim), _unpack(codes, head_dim)
     directions = _pad(centroids)[indices]
     of_q = ((grad * norms[:, :, None, :]) @ directions).reshape(q.shape).to(q.dtype)
     of_keys = grad.mT @ queries
@@ -132,6 +136,11 @@ def flush(x):
     return torch.where(x.abs() < SMALLEST_NORMAL, torch.copysign(torch.zeros_like(x), x), x)
 
 
+def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """float32 product by way of float64, which a device's reduced-precision float32 products cannot touch."""
+    return (left.double() @ right.double()).float()
+
+
 def _integer_products(n, planes, indices):
     """Σ_d n_d · table[index_d] as float32, [B,K,R,D] × [B,K,S,D] -> [B,K,R,S].
 
@@ -148,6 +157,11 @@ def _integer_products(n, planes, indices):
     middle = (product(hi, planes[1]) + product(lo, planes[0])).float()
     low = product(lo, planes[1]).float()
     return (high * 128.0 + middle) * 128.0 + low
+
+
+def _unpack(codes, head_dim):
+    """[..., P] bytes -> [..., D] indices that index."""
+    return unpack(codes, torch, code_bits(codes.shape[-1], head_dim)).long()
 
 
 def _pad(table):

@@ -9,9 +9,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import tqcore
 from tq_torch import eager
+from tqcore import center as center_of
 from tqcore import checks, fixed_point
 from tqcore.codebook import Codebook
 from tqcore.kernels import gluon_is_tested
+from tqcore.packing import code_bits, packed_dim
 from tqcore.quantizer import PackedVectors, Quantizer
 
 try:
@@ -45,8 +47,8 @@ def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return torch.ops.tq_torch.rotate(x, *_fields(quantizer), True)
 
 
-def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
-    """Quantises vectors: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+def compress(x: torch.Tensor, quantizer: Quantizer, *, center: torch.Tensor | None = None) -> PackedVectors:
+    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
 
     A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
     counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
@@ -54,26 +56,37 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> PackedVectors:
 
     Args:
       x: [..., S, D] float32, bfloat16 or float16.
-      quantizer: the rotation and the codebook.
+      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
+      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
+        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
 
     Returns:
-      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
 
     Raises:
-      ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
+      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
-    checks.check_vectors(x, quantizer)
-    codes, norms = torch.ops.tq_torch.compress(x.detach(), *_fields(quantizer))
-    return PackedVectors(codes, norms, quantizer)
+    checks.check_vectors(x, quantizer, center)
+    x = x.detach()
+    if center is not None:
+        checks.check_devices({"x": x.device, "center": center.device})
+        x = x.float() - center.detach()
+    codes, norms = torch.ops.tq_torch.compress(x, *_fields(quantizer))
+    residual = None
+    if quantizer.residual is not None:
+        rest = x.float() - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer))
+        signs, lengths = torch.ops.tq_torch.compress(rest, *_fields(quantizer.residual))
+        residual = PackedVectors(signs, lengths, quantizer.residual)
+    return PackedVectors(codes, norms, quantizer, center, residual)
 
 
 def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
-    """x̂ = norm · Rᵀ centroids[index].
+    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
 
     Args:
-      packed: codes [..., S, P], norms [..., S].
+      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
 
     Returns:
@@ -85,6 +98,10 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
     vectors = torch.ops.tq_torch.decompress(packed.codes, packed.norms, *_fields(packed.quantizer))
+    if packed.residual is not None:
+        vectors = vectors + decompress(packed.residual)
+    if packed.center is not None:
+        vectors = vectors + packed.center
     return vectors.to(getattr(torch, checks.dtype_name(dtype)))
 
 
@@ -109,17 +126,17 @@ def fused_qk_scores(
 
     Args:
       q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
-      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble. Any
+      packed_indices: [B, K, S, P] uint8, indices of 1 to 4 bits as `tqcore.packing` lays them out: P = D·bits/8. Any
         strides along B, K and S: a slice of a larger cache is read in place.
       norms: [B, K, S] float32.
-      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one. Read to the
+      centroids: [L] float32, 1 to 2^bits finite values, ascending. An index past L reads the last one. Read to the
         host once per tensor and version (made in inference mode: at every call), which waits for the device.
       scale: finite; usually 1/√D.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "eager" (any device with float64), "triton" (CUDA, D up to 256; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), "gluon" (Hopper, D up to 256), or None: the first of gluon, triton and eager that
-        can do the case on this device.
+      implementation: "eager" (any device with float64), "triton" (CUDA, 4 bits, D up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, 4 bits, D up to 256), or None: the first of gluon,
+        triton and eager that can do the case on this device.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -129,35 +146,87 @@ def fused_qk_scores(
       NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
-    checks.check_centroids(centroids)
+    bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids, bits)
     named = {"q_rotated": q_rotated, "packed_indices": packed_indices, "norms": norms, "centroids": centroids}
     checks.check_devices({name: tensor.device for name, tensor in named.items()})
     return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, checks.as_scale(scale), implementation)
 
 
-def attention_scores(query: torch.Tensor, keys: PackedVectors, *, scale: float | None = None) -> torch.Tensor:
+def attention_scores(
+    query: torch.Tensor, keys: PackedVectors, *, scale: float | None = None, add_center: bool | None = None
+) -> torch.Tensor:
     """scale · ⟨query, k̂⟩ for every packed key, without decompressing it: ⟨q, norm·Rᵀc⟩ = norm·⟨R q, c⟩.
 
     Args:
       query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
       keys: PackedVectors [B, K, S, D], K dividing H.
       scale: None means 1/√D.
+      add_center: whether scale · ⟨query, center⟩ is included, a dense float32 product. None means where the center
+        varies along S. A center with an S axis of 1 adds one number to all scores of a row, which a softmax does not
+        see: it is left out unless True.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax.
 
     Raises:
-      ValueError: query and keys do not fit each other.
+      ValueError: query and keys do not fit each other, or `add_center` is False where the center varies along S.
     """
-    checks.check_attention_scores(query, keys, scale)
-    heads = query.shape[1], keys.codes.shape[1]
-    scale = query.shape[-1] ** -0.5 if scale is None else checks.as_scale(scale)
-    named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms}
-    checks.check_devices({name: tensor.device for name, tensor in named.items()})
-    rotated = rotate(query, keys.quantizer)
-    checks.check_scores(rotated, keys.codes, keys.norms, scale, *heads)
-    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, keys.quantizer.bits, scale, None)
+    checks.check_attention_scores(query, keys, scale, add_center)
+    scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
+    named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms, "keys.center": keys.center}
+    checks.check_devices({name: tensor.device for name, tensor in named.items() if tensor is not None})
+    scores = _packed_scores(query, keys, scale)
+    if keys.residual is not None:
+        scores = scores + _packed_scores(query, keys.residual, scale)
+    if center_of.is_added(keys, add_center):
+        scores = scores + center_of.scores(query.float(), keys.center, scale, keys.codes.shape[1], eager.matmul)
+    return scores
+
+
+def key_center(keys: torch.Tensor) -> torch.Tensor:
+    """The mean of keys over positions, for `compress(keys, quantizer, center=...)`: such as that of a prefill.
+
+    Args:
+      keys: [..., S, D] float32, bfloat16 or float16, S at least 1.
+
+    Returns:
+      [..., 1, D] float32.
+
+    Raises:
+      ValueError: keys have another dtype or rank, or no position.
+    """
+    checks.check_keys(keys)
+    return center_of.mean(keys.float(), torch)
+
+
+def rotary_center(
+    bias: torch.Tensor, positions: torch.Tensor, *, theta: float = 10_000.0, interleaved: bool = False
+) -> torch.Tensor:
+    """The bias of a key projection after rotary embedding, exact where `key_center` of rotated keys is not.
+
+    Coordinates i and i + D/2 turn by position · theta^(-2i/D). For scaled frequencies, pass `compress` a center of
+    your own; for scaled positions, scale `positions`. The center of a single position looks like one that all share:
+    where its scores join those of others, ask `attention_scores` for `add_center=True`.
+
+    Args:
+      bias: [..., D] float32, bfloat16 or float16, usually [K, D].
+      positions: [S] integers or floats.
+      theta: the base of the frequencies.
+      interleaved: coordinates 2i and 2i + 1 turn, in place of i and i + D/2.
+
+    Returns:
+      [..., S, D] float32.
+
+    Raises:
+      ValueError: bias or positions have another dtype or rank, D is odd, or theta is not positive.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864.
+    """
+    checks.check_rotary(bias, positions, theta)
+    checks.check_devices({"bias": bias.device, "positions": positions.device})
+    turns = torch.from_numpy(center_of.frequencies(bias.shape[-1], theta)).to(bias.device)
+    return center_of.rotary(bias.float(), positions.float()[:, None] * turns, interleaved, torch)
 
 
 def from_dlpack(packed: PackedVectors) -> PackedVectors:
@@ -175,6 +244,13 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
     return _map_file(tqcore.load_file(path), torch.from_numpy)
 
 
+def _packed_scores(query, keys, scale):
+    """Scores of the codes and norms alone."""
+    rotated, bits = rotate(query, keys.quantizer), keys.quantizer.code_bits
+    checks.check_scores(rotated, keys.codes, keys.norms, scale, query.shape[1], keys.codes.shape[1])
+    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, bits, scale, None)
+
+
 def _map_file(packed, function):
     if isinstance(packed, PackedVectors):
         return packed.map(function)
@@ -184,10 +260,11 @@ def _map_file(packed, function):
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
 
 NEEDS = {
-    "triton": "'triton' needs Triton, head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the environment",
-    "gluon": "'gluon' needs Triton with Gluon, head_dim up to 256 and CUDA tensors on a Hopper device",
+    "triton": "'triton' needs Triton, 4-bit codes of head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the "
+    "environment",
+    "gluon": "'gluon' needs Triton with Gluon, 4-bit codes of head_dim up to 256 and CUDA tensors on a Hopper device",
 }
-QUANTIZER = "int head_dim, int bits, str rotation, int seed"
+QUANTIZER = "int head_dim, int bits, str rotation, int seed, str norm"
 _library = torch.library.Library("tq_torch", "DEF")
 _library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
 _library.define(f"compress(Tensor x, {QUANTIZER}) -> (Tensor, Tensor)")
@@ -203,15 +280,17 @@ _library.define(
 
 
 def _fields(quantizer):
-    return quantizer.head_dim, quantizer.bits, quantizer.rotation, quantizer.seed
+    """What encodes the codes and norms, without a residual."""
+    return quantizer.head_dim, quantizer.code_bits, quantizer.rotation, quantizer.seed, quantizer.norm
 
 
-def _quantizer(head_dim, bits, rotation, seed):
-    return Quantizer(head_dim, bits, rotation=rotation, seed=seed)
+def _quantizer(head_dim, bits, rotation, seed, norm):
+    return Quantizer(head_dim, bits, rotation=rotation, seed=seed, norm=norm)
 
 
-def _rotate(x, head_dim, bits, rotation, seed, inverse):
-    quantizer = _quantizer(head_dim, bits, rotation, seed)
+def _rotate(x, *fields_and_inverse):
+    *fields, inverse = fields_and_inverse
+    quantizer = _quantizer(*fields)
     return eager.unrotate(x, quantizer) if inverse else eager.rotate(x, quantizer)
 
 
@@ -229,19 +308,20 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     words = _codebook_words(head_dim, bits, q.device) if centroids is None else _table_words(centroids)
     if 0 in (*q.shape, *codes.shape):
         return q.new_empty(batch, heads, length, codes.shape[2], dtype=torch.float32)
-    implementation = implementation or _fastest(q)
+    width = code_bits(codes.shape[-1], head_dim)
+    implementation = implementation or _fastest(q, width)
     if implementation == "eager":
         return eager.fused_qk_scores(q, codes, norms, words, scale)
-    if triton_call is None or not triton_call.can_do(implementation, q):
+    if triton_call is None or width != 4 or not triton_call.can_do(implementation, q):
         raise NotImplementedError(
-            f"{NEEDS[implementation]}, got head_dim={head_dim} on {q.device}; 'eager' has no such need."
+            f"{NEEDS[implementation]}, got head_dim={head_dim}, bits={width} on {q.device}; 'eager' has no such need."
         )
     return triton_call.fused_qk_scores(q, codes, norms, words, scale, implementation=implementation)
 
 
-def _fastest(q):
+def _fastest(q, width):
     """The implementation for a caller who names none."""
-    if triton_call is None or not q.is_cuda:
+    if triton_call is None or width != 4 or not q.is_cuda:
         return "eager"
     preferred = ["gluon", "triton"] if gluon_is_tested() else ["triton"]
     return next((name for name in preferred if triton_call.can_do(name, q)), "eager")
@@ -269,8 +349,8 @@ def _(x, *_):
 
 
 @torch.library.register_fake("tq_torch::compress", lib=_library)
-def _(x, head_dim, *_):
-    codes = x.new_empty((*x.shape[:-1], head_dim // 2), dtype=torch.uint8)
+def _(x, head_dim, bits, *_):
+    codes = x.new_empty((*x.shape[:-1], packed_dim(head_dim, bits)), dtype=torch.uint8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
@@ -296,7 +376,8 @@ def _save_rotation(ctx, inputs, output):
 
 
 def _rotate_backward(ctx, grad):
-    return torch.ops.tq_torch.rotate(grad, *ctx.fields, not ctx.inverse).to(ctx.dtype), None, None, None, None, None
+    of_x = torch.ops.tq_torch.rotate(grad, *ctx.fields, not ctx.inverse).to(ctx.dtype)
+    return of_x, *(None for _ in ctx.fields), None
 
 
 def _save_scores(ctx, inputs, output):

@@ -1,4 +1,4 @@
-"""TurboQuant's packed 4-bit format in NumPy: the codebook, the rotation, the bytes and the oracle.
+"""TurboQuant's packed 1- to 4-bit format in NumPy: the codebook, the rotation, the bytes and the oracle.
 
 Letters, everywhere: B batch · T query positions · S cached positions · H query heads · K key/value heads ·
 G = H // K · D head_dim · P packed bytes per vector · L entries of a table. Arrays are head-first:
@@ -8,7 +8,15 @@ queries [B, H, T, D], codes [B, K, S, P], norms [B, K, S], scores [B, H, T, S].
 from tqcore.codebook import Codebook
 from tqcore.file import load_file, save_file
 from tqcore.quantizer import PackedVectors, Quantizer
-from tqcore.reference import attention_scores, compress, decompress, from_dlpack, fused_qk_scores
+from tqcore.reference import (
+    attention_scores,
+    compress,
+    decompress,
+    from_dlpack,
+    fused_qk_scores,
+    key_center,
+    rotary_center,
+)
 from tqcore.rotation import rotate, unrotate
 from tqcore.version import __version__
 
@@ -22,7 +30,9 @@ __all__ = [
     "decompress",
     "from_dlpack",
     "fused_qk_scores",
+    "key_center",
     "load_file",
+    "rotary_center",
     "rotate",
     "save_file",
     "unrotate",

@@ -4,15 +4,18 @@ Arrays are looked at through `shape` and `dtype` alone, so NumPy, JAX and torch 
 The front-ends call these before they compute; constructors of classes that hold arrays do not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tqcore.packing import code_bits
+
 MAX_HEAD_DIM = 1024  # an integer score stays below 2^31, and each of its parts below 2^24
-MAX_CENTROIDS = 16
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+NORMS = ("plain", "corrected")
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -31,9 +34,28 @@ def check_bits(bits: Any) -> None:
         raise ValueError(f"`bits` must be 1, 2, 3 or 4, got {bits!r}.")
 
 
+def check_packable(head_dim: int, bits: int) -> None:
+    """Whether packed vectors are whole bytes."""
+    multiple = 8 // math.gcd(8, bits)
+    if head_dim % multiple:
+        raise ValueError(f"`head_dim` must be a multiple of {multiple} for {bits}-bit codes, got {head_dim}.")
+
+
 def check_seed(seed: Any) -> None:
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
+
+
+def check_norm(norm: Any) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"`norm` must be None, 'plain' or 'corrected', got {norm!r}.")
+
+
+def check_qjl(qjl: Any, bits: int) -> None:
+    if not isinstance(qjl, bool):
+        raise ValueError(f"`qjl` must be True or False, got {qjl!r}.")
+    if qjl and bits < 2:
+        raise ValueError(f"`bits` must be at least 2 where qjl is True, one of them for signs, got {bits}.")
 
 
 def is_power_of_two(n: int) -> bool:
@@ -96,8 +118,27 @@ def check_devices(devices: Mapping[str, Any]) -> None:
         raise ValueError(f"{names} must be on one device, got {came}.")
 
 
-def check_vectors(x: Any, quantizer: Any) -> None:
+def check_vectors(x: Any, quantizer: Any, center: Any = None) -> None:
     _check_width("x", x, "[..., S, D]", quantizer)
+    if center is not None:
+        _check_center("center", center, x.shape)
+
+
+def check_keys(keys: Any) -> None:
+    """The argument of `key_center`."""
+    check_array("keys", keys, "[..., S, D]", FLOATS)
+    if keys.shape[-2] < 1:
+        raise ValueError(f"`keys` must have at least one position along S, got shape {list(keys.shape)}.")
+
+
+def check_rotary(bias: Any, positions: Any, theta: Any) -> None:
+    """The arguments of `rotary_center`."""
+    check_array("bias", bias, "[..., D]", FLOATS)
+    check_array("positions", positions, "[S]", (*FLOATS, "int32", "int64"))
+    if bias.shape[-1] % 2:
+        raise ValueError(f"the last axis of `bias` must be even, got shape {list(bias.shape)}.")
+    if not isinstance(theta, int | float | np.number) or not 0 < theta <= FLOAT32_MAX:
+        raise ValueError(f"`theta` must be a positive number within float32, got {theta!r}.")
 
 
 def check_rotated(x: Any, quantizer: Any) -> None:
@@ -105,29 +146,44 @@ def check_rotated(x: Any, quantizer: Any) -> None:
 
 
 def check_packed(name: str, packed: Any) -> None:
-    if not (hasattr(packed, "codes") and hasattr(packed, "norms") and hasattr(packed, "quantizer")):
+    if not all(hasattr(packed, field) for field in ("codes", "norms", "quantizer", "center", "residual")):
         raise ValueError(f"`{name}` must be PackedVectors, got an object of type {type(packed).__name__}.")
     _check_quantizer(f"{name}.quantizer", packed.quantizer)
     check_array(f"{name}.codes", packed.codes, "[..., S, P]", ("uint8",))
     check_array(f"{name}.norms", packed.norms, "[..., S]", ("float32",))
-    _check_packed_shapes(f"{name}.codes", packed.codes, f"{name}.norms", packed.norms, packed.quantizer.head_dim)
+    head_dim, bits = packed.quantizer.head_dim, packed.quantizer.code_bits
+    if packed.codes.shape[-1] != packed.quantizer.packed_dim:
+        raise ValueError(
+            f"the last axis of `{name}.codes` must be head_dim * bits / 8, "
+            f"got shape {list(packed.codes.shape)}, head_dim={head_dim}, bits={bits}."
+        )
+    _check_norms(f"{name}.codes", packed.codes, f"{name}.norms", packed.norms)
+    if packed.center is not None:
+        _check_center(f"{name}.center", packed.center, packed.shape)
+    _check_residual(name, packed)
 
 
-def check_centroids(centroids: Any) -> None:
-    """Dtype and size of a table; its values are for `check_centroid_values`."""
+def check_centroids(centroids: Any, bits: int) -> None:
+    """Dtype and size of a table for indices of `bits`; its values are for `check_centroid_values`."""
     check_array("centroids", centroids, "[L]", ("float32",))
-    if not 1 <= centroids.shape[0] <= MAX_CENTROIDS:
-        raise ValueError(f"`centroids` must have 1 to {MAX_CENTROIDS} entries, got {centroids.shape[0]}.")
+    if not 1 <= centroids.shape[0] <= 2**bits:
+        raise ValueError(f"`centroids` must have 1 to {2**bits} entries, got {centroids.shape[0]}, bits={bits}.")
 
 
-def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads) -> None:
-    """The arguments of `fused_qk_scores`, but for `centroids`."""
+def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads) -> int:
+    """The arguments of `fused_qk_scores`, but for `centroids`. Returns the bits of an index."""
     check_array("q_rotated", q_rotated, "[B, H, T, D]", FLOATS)
-    check_array("packed_indices", packed_indices, "[B, K, S, D/2]", ("uint8",))
+    check_array("packed_indices", packed_indices, "[B, K, S, P]", ("uint8",))
     check_array("norms", norms, "[B, K, S]", ("float32",))
     batch, heads, _, head_dim = q_rotated.shape
     check_head_dim(head_dim)
-    _check_packed_shapes("packed_indices", packed_indices, "norms", norms, head_dim)
+    packed, bits = packed_indices.shape[-1], code_bits(packed_indices.shape[-1], head_dim)
+    if not 1 <= bits <= 4 or 8 * packed != head_dim * bits:
+        raise ValueError(
+            "the last axis of `packed_indices` must be head_dim * bits / 8 for bits of 1, 2, 3 or 4, "
+            f"got shape {list(packed_indices.shape)}, head_dim={head_dim}."
+        )
+    _check_norms("packed_indices", packed_indices, "norms", norms)
     if batch != packed_indices.shape[0]:
         raise ValueError(
             f"`q_rotated` and `packed_indices` must have one batch size, got {batch} and {packed_indices.shape[0]}."
@@ -142,9 +198,10 @@ def check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
             f"`n_q_heads` must be a multiple of `n_kv_heads`, got n_q_heads={n_q_heads}, n_kv_heads={n_kv_heads}."
         )
     check_scale(scale)
+    return bits
 
 
-def check_attention_scores(query, keys, scale) -> None:
+def check_attention_scores(query, keys, scale, add_center) -> None:
     """The arguments of `attention_scores`, before the query is rotated."""
     check_array("query", query, "[B, H, T, D]", FLOATS)
     check_packed("keys", keys)
@@ -156,6 +213,13 @@ def check_attention_scores(query, keys, scale) -> None:
         )
     if scale is not None:
         check_scale(scale)
+    if add_center is False and keys.center is not None and keys.center.shape[-2] != 1:
+        raise ValueError(
+            "`add_center` must be None or True where `keys.center` varies along S, since a softmax would see it, "
+            f"got False for a center of shape {list(keys.center.shape)}."
+        )
+    if not (add_center is None or isinstance(add_center, bool)):
+        raise ValueError(f"`add_center` must be None, True or False, got {add_center!r}.")
 
 
 def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
@@ -174,11 +238,35 @@ def _check_quantizer(name: str, quantizer: Any) -> None:
         raise ValueError(f"`{name}` must be a Quantizer, got an object of type {type(quantizer).__name__}.")
 
 
-def _check_packed_shapes(codes_name: str, codes: Any, norms_name: str, norms: Any, head_dim: int) -> None:
-    if codes.shape[-1] != head_dim // 2:
+def _check_center(name: str, center: Any, shape: Sequence[int]) -> None:
+    """float32 that broadcasts to vectors of `shape`."""
+    check_array(name, center, "[..., 1 or S, D]", ("float32",))
+    axes, excess = tuple(center.shape), len(center.shape) - len(shape)
+    fits = excess <= 0 and all(a in (1, b) for a, b in zip(axes, tuple(shape)[-len(axes) :], strict=True))
+    if not fits or axes[-1] != shape[-1]:
         raise ValueError(
-            f"the last axis of `{codes_name}` must be head_dim / 2, got shape {list(codes.shape)}, head_dim={head_dim}."
+            f"`{name}` must be an array [..., 1 or S, D] that broadcasts to the vectors' shape, "
+            f"got {list(axes)} for vectors of shape {list(shape)}."
         )
+
+
+def _check_residual(name: str, packed: Any) -> None:
+    wanted = packed.quantizer.residual
+    if (packed.residual is None) != (wanted is None):
+        raise ValueError(
+            f"`{name}.residual` must be PackedVectors where qjl is True, and None elsewhere, "
+            f"got an object of type {type(packed.residual).__name__}, qjl={packed.quantizer.qjl}."
+        )
+    if wanted is not None:
+        check_packed(f"{name}.residual", packed.residual)
+        if packed.residual.quantizer != wanted or tuple(packed.residual.shape) != tuple(packed.shape):
+            raise ValueError(
+                f"`{name}.residual` must be vectors of `{name}`'s shape and of {wanted}, "
+                f"got shape {list(packed.residual.shape)}, {packed.residual.quantizer}."
+            )
+
+
+def _check_norms(codes_name: str, codes: Any, norms_name: str, norms: Any) -> None:
     if tuple(norms.shape) != tuple(codes.shape[:-1]):
         raise ValueError(
             f"`{norms_name}` must have the shape of `{codes_name}` without its last axis, "

@@ -1,21 +1,25 @@
 """Packed vectors in a safetensors file, with the format version and the quantizers in its metadata.
 
-Arrays are named "<name>.codes" and "<name>.norms"; a single PackedVectors has the empty name and is
-stored as "codes" and "norms".
+The arrays of the PackedVectors named "layer" are "layer.codes" and "layer.norms", "layer.center" where it has one, and
+"layer.residual_codes" and "layer.residual_norms" where its quantizer has qjl=True. A single PackedVectors has the empty
+name, and its arrays are stored as "codes", "norms" and so on.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
 from tqcore import checks
+from tqcore.packing import pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 
 FORMAT = "turboquant"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", "2")  # in version 1, indices of every width lie in four bits
 
 
 def save_file(packed: PackedVectors | Mapping[str, PackedVectors], path: str | PathLike) -> None:
@@ -32,11 +36,11 @@ def save_file(packed: PackedVectors | Mapping[str, PackedVectors], path: str | P
     arrays = {}
     for name, vectors in named.items():
         checks.check_packed(name or "packed", vectors)
-        codes, norms = _array_names(name)
-        arrays[codes] = np.ascontiguousarray(vectors.codes)
-        arrays[norms] = np.ascontiguousarray(vectors.norms)
-    quantizers = {name: asdict(vectors.quantizer) for name, vectors in named.items()}
-    metadata = {"format": FORMAT, "version": VERSION, "quantizers": json.dumps(quantizers)}
+        arrays |= {_array_name(name, part): np.ascontiguousarray(x) for part, x in _parts(vectors).items()}
+    quantizers = {name: _fields(vectors.quantizer) for name, vectors in named.items()}
+    centered = [name for name, vectors in named.items() if vectors.center is not None]
+    metadata = {"quantizers": json.dumps(quantizers), "centered": json.dumps(centered)}
+    metadata |= {"format": FORMAT, "version": VERSION}
     save_arrays(arrays, path, metadata)
 
 
@@ -56,33 +60,68 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file, got: {error}.") from error
-    quantizers = _read_quantizers(path, metadata["quantizers"])
-    wanted = {array for name in quantizers for array in _array_names(name)}
+    quantizers, centered = _read_metadata(path, metadata)
+    parts = {
+        name: ["codes", "norms"]
+        + ["center"] * (name in centered)
+        + ["residual_codes", "residual_norms"] * (quantizer.residual is not None)
+        for name, quantizer in quantizers.items()
+    }
+    wanted = {_array_name(name, part) for name, known in parts.items() for part in known}
     if wanted != set(arrays):
         raise ValueError(f"{path} must hold the arrays {sorted(wanted)}, got {sorted(arrays)}.")
     packed = {}
     for name, quantizer in quantizers.items():
-        codes, norms = _array_names(name)
-        packed[name] = PackedVectors(arrays[codes], arrays[norms], quantizer)
+        packed[name] = _packed({part: arrays[_array_name(name, part)] for part in parts[name]}, quantizer, metadata)
         checks.check_packed(name or "packed", packed[name])
     return packed.get("", packed)
 
 
-def _array_names(name: str) -> tuple[str, str]:
-    prefix = f"{name}." if name else ""
-    return f"{prefix}codes", f"{prefix}norms"
+def _parts(vectors: PackedVectors) -> dict[str, np.ndarray]:
+    """The arrays by the last part of their names."""
+    parts = {"codes": vectors.codes, "norms": vectors.norms, "center": vectors.center}
+    if vectors.residual is not None:
+        parts |= {"residual_codes": vectors.residual.codes, "residual_norms": vectors.residual.norms}
+    return {part: array for part, array in parts.items() if array is not None}
+
+
+def _packed(parts: Mapping[str, np.ndarray], quantizer: Quantizer, metadata: Mapping[str, str]) -> PackedVectors:
+    """The inverse of `_parts`."""
+    codes, residual = parts["codes"], None
+    if metadata["version"] == "1":
+        codes = pack(unpack(codes, np), np, quantizer.code_bits)
+    if quantizer.residual is not None:
+        residual = PackedVectors(parts["residual_codes"], parts["residual_norms"], quantizer.residual)
+    return PackedVectors(codes, parts["norms"], quantizer, parts.get("center"), residual)
+
+
+def _array_name(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _fields(quantizer: Quantizer) -> dict[str, Any]:
+    """The arguments that make it again."""
+    return {field.name: getattr(quantizer, field.name) for field in fields(quantizer) if field.init}
 
 
 def _check_version(path: str | PathLike, metadata: Mapping[str, str]) -> None:
     came = metadata.get("format"), metadata.get("version")
-    if came != (FORMAT, VERSION) or "quantizers" not in metadata:
+    if came[0] != FORMAT or came[1] not in READABLE or "quantizers" not in metadata:
         raise ValueError(
-            f"{path} must be of format {FORMAT!r}, version {VERSION!r}, got format {came[0]!r}, version {came[1]!r}."
+            f"{path} must be of format {FORMAT!r}, version {' or '.join(map(repr, READABLE))}, "
+            f"got format {came[0]!r}, version {came[1]!r}."
         )
 
 
-def _read_quantizers(path: str | PathLike, text: str) -> dict[str, Quantizer]:
+def _read_metadata(path: str | PathLike, metadata: Mapping[str, str]) -> tuple[dict[str, Quantizer], list[str]]:
+    """The quantizers by name, and the names of vectors with a center."""
+    missing = {"norm": "plain"} if metadata["version"] == "1" else {}
+    text, centered = metadata["quantizers"], metadata.get("centered", "[]")
     try:
-        return {name: Quantizer(**fields) for name, fields in json.loads(text).items()}
+        quantizers = {name: Quantizer(**(missing | described)) for name, described in json.loads(text).items()}
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} must describe its quantizers in JSON, got {text!r}.") from error
+    try:
+        return quantizers, [name for name in json.loads(centered) if name in quantizers]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} must list in JSON which vectors have a center, got {centered!r}.") from error

@@ -1,16 +1,56 @@
-"""Four-bit indices in bytes: coordinate 2j in the high nibble of byte j, coordinate 2j+1 in the low one.
+"""Indices of 1 to 4 bits in bytes, D·bits/8 of them per vector, the first coordinate in the highest bits.
+
+- 1, 2 and 4 bits: byte i holds the 8/bits coordinates from i·8/bits on, in order.
+- 3 bits: a plane of the low two bits as above, D/4 bytes, then a plane of the high bits, D/8 bytes, whose byte j
+  holds those of coordinates 8j + HIGH_BITS: each of its nibbles serves the same nibbles of bytes 2j and 2j+1 of
+  the first plane.
 
 For arrays of any library; `xp` is theirs: numpy, jax.numpy or torch.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
-
-def pack(indices: Any) -> Any:
-    """[..., D] uint8 indices below 16 -> [..., D/2] bytes."""
-    return (indices[..., 0::2] << 4) | indices[..., 1::2]
+HIGH_BITS = (0, 1, 4, 5, 2, 3, 6, 7)  # its own inverse
 
 
-def unpack(codes: Any, xp: Any) -> Any:
-    """[..., D/2] bytes -> [..., D] indices."""
-    return xp.stack([codes >> 4, codes & 15], -1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+def pack(indices: Any, xp: Any, bits: int = 4) -> Any:
+    """[..., D] uint8 indices below 2^bits -> [..., D·bits/8] bytes."""
+    if bits == 3:
+        return xp.concatenate([pack(indices & 3, xp, 2), _join(indices >> 2, HIGH_BITS)], -1)
+    return _join(indices, range(8 // bits))
+
+
+def unpack(codes: Any, xp: Any, bits: int = 4) -> Any:
+    """[..., D·bits/8] bytes -> [..., D] indices."""
+    if bits == 3:
+        low = codes.shape[-1] // 3 * 2
+        return unpack(codes[..., :low], xp, 2) | _separate(codes[..., low:], HIGH_BITS, xp) << 2
+    return _separate(codes, range(8 // bits), xp)
+
+
+def packed_dim(head_dim: int, bits: int) -> int:
+    """P, bytes of codes per vector."""
+    return head_dim * bits // 8
+
+
+def code_bits(packed_dim: int, head_dim: int) -> int:
+    """Bits of an index, from P and D."""
+    return 8 * packed_dim // head_dim
+
+
+def _join(fields: Any, order: Sequence[int]) -> Any:
+    """Bytes of len(order) fields each, the highest that of coordinate order[0]."""
+    count = len(order)
+    width = 8 // count
+    return reduce(or_, (fields[..., k::count] << (8 - width * (i + 1)) for i, k in enumerate(order)))
+
+
+def _separate(codes: Any, order: Sequence[int], xp: Any) -> Any:
+    """The inverse of `_join`, for an order that is its own inverse."""
+    count = len(order)
+    width = 8 // count
+    fields = [codes >> (8 - width * (k + 1)) & (2**width - 1) for k in order]
+    return xp.stack(fields, -1).reshape(*codes.shape[:-1], count * codes.shape[-1])

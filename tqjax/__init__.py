@@ -1,4 +1,4 @@
-"""TurboQuant KV-cache attention for JAX: packed 4-bit keys scored without decompressing them.
+"""TurboQuant KV-cache attention for JAX: packed 1- to 4-bit keys scored without decompressing them.
 
 Letters, shapes and operations are those of `tqcore`; arrays are JAX's.
 """
@@ -12,13 +12,17 @@ from tqjax.ops import (
     decompress,
     from_dlpack,
     fused_qk_scores,
+    key_center,
     load_file,
+    rotary_center,
     rotate,
     save_file,
     unrotate,
 )
 
-jax.tree_util.register_dataclass(PackedVectors, data_fields=["codes", "norms"], meta_fields=["quantizer"])
+jax.tree_util.register_dataclass(
+    PackedVectors, data_fields=["codes", "norms", "center", "residual"], meta_fields=["quantizer"]
+)
 
 __all__ = [
     "Codebook",
@@ -30,7 +34,9 @@ __all__ = [
     "decompress",
     "from_dlpack",
     "fused_qk_scores",
+    "key_center",
     "load_file",
+    "rotary_center",
     "rotate",
     "save_file",
     "unrotate",

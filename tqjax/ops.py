@@ -1,5 +1,6 @@
 """The public operations: check, choose the implementation, call it."""
 
+import dataclasses
 import functools
 from os import PathLike
 
@@ -11,8 +12,10 @@ from jax.core import Tracer
 from numpy.typing import NDArray
 
 import tqcore
+from tqcore import center as center_of
 from tqcore import checks, fixed_point, tuning
 from tqcore.kernels import gluon_is_tested
+from tqcore.packing import code_bits
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import device, triton_call, xla
 
@@ -24,9 +27,9 @@ except ImportError:  # a JAX without Pallas-Triton
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
 FEW_KEYS = 2**16  # up to which a call takes as long as its launch does, which is shorter for Pallas
 NEEDS = {
-    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and head_dim up to 256",
-    "triton": "'triton' needs CUDA, an installed Triton and head_dim up to 256",
-    "gluon": "'gluon' needs a Hopper device, an installed Triton and head_dim up to 256",
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and 4-bit codes of head_dim up to 256",
+    "triton": "'triton' needs CUDA, an installed Triton and 4-bit codes of head_dim up to 256",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton and 4-bit codes of head_dim up to 256",
 }
 
 
@@ -53,33 +56,39 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return _unrotate(jnp.asarray(x), quantizer)
 
 
-def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
-    """Quantises vectors: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+def compress(x: jax.Array, quantizer: Quantizer, *, center: jax.Array | None = None) -> PackedVectors:
+    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
 
     A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
     counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
 
     Args:
       x: [..., S, D] float32, bfloat16 or float16.
-      quantizer: the rotation and the codebook.
+      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
+      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
+        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
 
     Returns:
-      PackedVectors: codes [..., S, D/2] uint8, norms [..., S] float32.
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
 
     Raises:
-      ValueError: x has another dtype or rank, or its last axis is not `quantizer.head_dim`.
+      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
-    checks.check_vectors(x, quantizer)
-    return _compress(jnp.asarray(x), quantizer)
+    checks.check_vectors(x, quantizer, center)
+    if center is None:
+        return _compress(jnp.asarray(x), quantizer, None)
+    _check_devices(x=x, center=center)
+    center = jnp.asarray(center)
+    return dataclasses.replace(_compress(jnp.asarray(x), quantizer, center), center=center)
 
 
 def decompress(packed: PackedVectors, *, dtype="float32") -> jax.Array:
-    """x̂ = norm · Rᵀ centroids[index].
+    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
 
     Args:
-      packed: codes [..., S, P], norms [..., S].
+      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
 
     Returns:
@@ -114,14 +123,14 @@ def fused_qk_scores(
 
     Args:
       q_rotated: [B, H, T, D] float32, bfloat16 or float16, already rotated; D even, up to 1024.
-      packed_indices: [B, K, S, D/2] uint8, two indices a byte, the even coordinate in the high nibble.
+      packed_indices: [B, K, S, P] uint8, indices of 1 to 4 bits as `tqcore.packing` lays them out: P = D·bits/8.
       norms: [B, K, S] float32.
-      centroids: [L] float32, 1 to 16 finite values, ascending. An index past L reads the last one.
+      centroids: [L] float32, 1 to 2^bits finite values, ascending. An index past L reads the last one.
       scale: finite; usually 1/√D. A Python number, also under `jit`.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "xla" (any device), "pallas_triton" (CUDA, D up to 256; interpreted on a CPU), "triton" (CUDA
-        and an installed Triton, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
+      implementation: "xla" (any device), "pallas_triton" (CUDA, 4 bits, D up to 256; interpreted on a CPU), "triton"
+        (CUDA and an installed Triton, 4 bits, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
         gluon (if all devices are Hoppers and the keys not few), pallas_triton, triton and xla that can do the case;
         xla elsewhere.
 
@@ -133,8 +142,8 @@ def fused_qk_scores(
       NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
-    checks.check_centroids(centroids)
+    bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
+    checks.check_centroids(centroids, bits)
     _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
     arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
     scale = checks.as_scale(scale)
@@ -147,30 +156,76 @@ def fused_qk_scores(
     return _scores(*arrays, words, scale, implementation)
 
 
-def attention_scores(query: jax.Array, keys: PackedVectors, *, scale: float | None = None) -> jax.Array:
+def attention_scores(
+    query: jax.Array, keys: PackedVectors, *, scale: float | None = None, add_center: bool | None = None
+) -> jax.Array:
     """scale · ⟨query, k̂⟩ for every packed key, without decompressing it: ⟨q, norm·Rᵀc⟩ = norm·⟨R q, c⟩.
 
     Args:
       query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
       keys: PackedVectors [B, K, S, D], K dividing H.
       scale: None means 1/√D.
+      add_center: whether scale · ⟨query, center⟩ is included, a dense float32 product. None means where the center
+        varies along S. A center with an S axis of 1 adds one number to all scores of a row, which a softmax does not
+        see: it is left out unless True.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax.
 
     Raises:
-      ValueError: query and keys do not fit each other.
+      ValueError: query and keys do not fit each other, or `add_center` is False where the center varies along S.
     """
-    checks.check_attention_scores(query, keys, scale)
-    return fused_qk_scores(
-        rotate(query, keys.quantizer),
-        keys.codes,
-        keys.norms,
-        keys.quantizer.codebook.centroids,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        n_q_heads=query.shape[1],
-        n_kv_heads=keys.codes.shape[1],
-    )
+    checks.check_attention_scores(query, keys, scale, add_center)
+    scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = _packed_scores(query, keys, scale)
+    if keys.residual is not None:
+        scores = scores + _packed_scores(query, keys.residual, scale)
+    if center_of.is_added(keys, add_center):
+        scores = scores + _center_scores(jnp.asarray(query), keys.center, scale, keys.codes.shape[1])
+    return scores
+
+
+def key_center(keys: jax.Array) -> jax.Array:
+    """The mean of keys over positions, for `compress(keys, quantizer, center=...)`: such as that of a prefill.
+
+    Args:
+      keys: [..., S, D] float32, bfloat16 or float16, S at least 1.
+
+    Returns:
+      [..., 1, D] float32.
+
+    Raises:
+      ValueError: keys have another dtype or rank, or no position.
+    """
+    checks.check_keys(keys)
+    return _key_center(jnp.asarray(keys))
+
+
+def rotary_center(
+    bias: jax.Array, positions: jax.Array, *, theta: float = 10_000.0, interleaved: bool = False
+) -> jax.Array:
+    """The bias of a key projection after rotary embedding, exact where `key_center` of rotated keys is not.
+
+    Coordinates i and i + D/2 turn by position · theta^(-2i/D). For scaled frequencies, pass `compress` a center of
+    your own; for scaled positions, scale `positions`. The center of a single position looks like one that all share:
+    where its scores join those of others, ask `attention_scores` for `add_center=True`.
+
+    Args:
+      bias: [..., D] float32, bfloat16 or float16, usually [K, D].
+      positions: [S] integers or floats.
+      theta: the base of the frequencies.
+      interleaved: coordinates 2i and 2i + 1 turn, in place of i and i + D/2.
+
+    Returns:
+      [..., S, D] float32.
+
+    Raises:
+      ValueError: bias or positions have another dtype or rank, D is odd, or theta is not positive.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864.
+    """
+    checks.check_rotary(bias, positions, theta)
+    return _rotary_center(jnp.asarray(bias), jnp.asarray(positions), float(theta), bool(interleaved))
 
 
 def from_dlpack(packed: PackedVectors) -> PackedVectors:
@@ -192,6 +247,22 @@ _rotate = jax.jit(xla.rotate, static_argnums=1)
 _unrotate = jax.jit(xla.unrotate, static_argnums=1)
 _compress = jax.jit(xla.compress, static_argnums=1)
 _decompress = jax.jit(xla.decompress, static_argnums=1)
+_key_center = jax.jit(xla.key_center)
+_rotary_center = jax.jit(xla.rotary_center, static_argnums=(2, 3))
+_center_scores = jax.jit(xla.center_scores, static_argnums=(2, 3))
+
+
+def _packed_scores(query, keys, scale):
+    """Scores of the codes and norms alone."""
+    return fused_qk_scores(
+        rotate(query, keys.quantizer),
+        keys.codes,
+        keys.norms,
+        keys.quantizer.codebook.centroids,
+        scale,
+        n_q_heads=query.shape[1],
+        n_kv_heads=keys.codes.shape[1],
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -208,12 +279,13 @@ def _implement(q, codes, norms, words, implementation):
         return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
     arrays = q, codes, norms, words
     plain = xla.fused_qk_scores
-    kernels = _kernels(head_dim)
+    bits = code_bits(codes.shape[-1], head_dim)
+    kernels = _kernels(head_dim, bits)
     name = implementation or _preferred(kernels, keys=batch * codes.shape[1] * codes.shape[2])
     if name == "xla":
         return plain(*arrays)
     if name not in kernels:
-        raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}; 'xla' has no such need.")
+        raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}, bits={bits}; 'xla' has no such need.")
     compiled = kernels[name]
     if implementation is None:
         return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
@@ -222,9 +294,11 @@ def _implement(q, codes, norms, words, implementation):
     return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
 
 
-def _kernels(head_dim):
-    """The kernels that can do this head_dim on CUDA."""
+def _kernels(head_dim, bits):
+    """The kernels that can do this head_dim and width on CUDA."""
     kernels = {}
+    if bits != 4:
+        return kernels
     if pallas_scores is not None and head_dim <= tuning.MAX_HEAD_DIM:
         kernels["pallas_triton"] = pallas_scores.fused_qk_scores
     if triton_call.INSTALLED and head_dim <= tuning.MAX_HEAD_DIM:

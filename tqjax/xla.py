@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tqcore import center as center_of
 from tqcore import fixed_point
 from tqcore.fixed_point import (
     ABS_MASK,
@@ -19,7 +20,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import pack, unpack
+from tqcore.packing import code_bits, pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
@@ -38,25 +39,73 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return jnp.matmul(x, matrix(quantizer), precision=lax.Precision.HIGHEST)
 
 
-def compress(x: jax.Array, quantizer: Quantizer) -> PackedVectors:
+def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> PackedVectors:
+    """All but the center itself, which need not pass through `jit`."""
     x = x.astype(jnp.float32)
+    if center is not None:
+        x = _rounded(x) - _rounded(center)
+    codes, norms = _encode(x, quantizer)
+    residual = None
+    if quantizer.residual is not None:
+        rest = x - _decode(codes, norms, quantizer)
+        residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
+    return PackedVectors(codes, norms, quantizer, None, residual)
+
+
+def decompress(packed: PackedVectors, dtype) -> jax.Array:
+    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
+    if packed.residual is not None:
+        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
+    if packed.center is not None:
+        vectors = vectors + packed.center
+    return vectors.astype(dtype)
+
+
+def key_center(keys: jax.Array) -> jax.Array:
+    return center_of.mean(_rounded(keys.astype(jnp.float32)), jnp)
+
+
+def rotary_center(bias: jax.Array, positions: jax.Array, theta: float, interleaved: bool) -> jax.Array:
+    angles = positions.astype(jnp.float32)[:, None] * center_of.frequencies(bias.shape[-1], theta)
+    return center_of.rotary(bias.astype(jnp.float32), angles, interleaved, jnp)
+
+
+def center_scores(query, center, scale, kv_heads):
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return center_of.scores(query.astype(jnp.float32), center, scale, kv_heads, matmul)
+
+
+def _rounded(x):
+    """x, by a select that keeps XLA from fusing a product that x comes from into a sum."""
+    return jnp.where(jnp.isfinite(x), x, x + x)
+
+
+def _encode(x, quantizer):
+    """Codes and norms, without a residual.
+
+    A product that is added to passes through a minimum that changes nothing, which keeps XLA from fusing the two.
+    """
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
     e = jnp.where(usable, exponent(bits, QUERY_LIMIT), 0)
     scaled = jnp.where(usable[..., None], x, 0.0) * power_of_two(-e)[..., None]
-    squares = jnp.minimum(scaled * scaled, QUERY_LIMIT**2)  # changes nothing but keeps XLA from fusing them into adds
-    length = jnp.sqrt(tree_sum(squares, jnp))
+    squares = tree_sum(jnp.minimum(scaled * scaled, QUERY_LIMIT**2), jnp)
+    length = jnp.sqrt(squares)
     rotated, radius = rotate(scaled, quantizer), jnp.where(usable, length, 1.0)[..., None]
     above = [rotated > boundary * radius for boundary in quantizer.codebook.boundaries]
     indices = functools.reduce(jnp.add, above, jnp.uint8(0))
-    return PackedVectors(pack(indices), jnp.where(finite, length * power_of_two(e), jnp.nan), quantizer)
+    if quantizer.norm == "corrected":
+        products = rotated * jnp.asarray(quantizer.codebook.centroids)[indices]
+        along = tree_sum(jnp.minimum(products, QUERY_LIMIT**2), jnp)  # ⟨x̃, Rᵀc⟩
+        length = squares / jnp.where(usable, along, 1.0)
+    return pack(indices, jnp, quantizer.code_bits), jnp.where(finite, length * power_of_two(e), jnp.nan)
 
 
-def decompress(packed: PackedVectors, dtype) -> jax.Array:
-    centroids = _pad(jnp.asarray(packed.quantizer.codebook.centroids))
-    vectors = unrotate(centroids[unpack(packed.codes, jnp)], packed.quantizer)
-    return (vectors * packed.norms[..., None]).astype(dtype)
+def _decode(codes, norms, quantizer):
+    """norm · Rᵀ centroids[index]."""
+    centroids = jnp.asarray(quantizer.codebook.centroids)
+    return unrotate(centroids[unpack(codes, jnp, quantizer.code_bits)], quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words):
@@ -70,7 +119,7 @@ def fused_qk_scores(q, codes, norms, words):
     n = jnp.rint(q * power_of_two(-e)[..., None]).astype(jnp.int32)
     row = jnp.where(bits < INFINITY_BITS, flush(unit * power_of_two(e)), jnp.nan)
     column = jnp.where(jnp.isfinite(norms), flush(norms), jnp.nan)
-    total = _integer_products(split(n), planes, unpack(codes, jnp))
+    total = _integer_products(split(n), planes, _unpack(codes, head_dim))
     scores = flush(total * flush(column[:, :, None, :] * row[..., None]))
     return scores.reshape(batch, heads, length, keys)
 
@@ -80,7 +129,7 @@ def dense_scores(q, codes, norms, centroids, scale):
     batch, heads, length, head_dim = q.shape
     kv_heads, keys = codes.shape[1:3]
     q = q.astype(jnp.float32).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    vectors = _pad(centroids)[unpack(codes, jnp)] * norms[..., None]
+    vectors = _pad(centroids)[_unpack(codes, head_dim)] * norms[..., None]
     scores = jnp.einsum("bkrd,bksd->bkrs", q, vectors, precision=lax.Precision.HIGHEST) * scale
     return scores.reshape(batch, heads, length, keys)
 
@@ -135,6 +184,11 @@ def _integer_products(query_planes, table_planes, indices):
     middle = (product(hi, table_planes[1]) + product(lo, table_planes[0])).astype(jnp.float32)
     low = product(lo, table_planes[1]).astype(jnp.float32)
     return (high * 128.0 + middle) * 128.0 + low
+
+
+def _unpack(codes, head_dim):
+    """[..., P] bytes -> [..., D] indices."""
+    return unpack(codes, jnp, code_bits(codes.shape[-1], head_dim))
 
 
 def _unpack_words(words):
