@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tqcore import verify
+from tqcore import report, verify
 from tqcore.file import load_arrays, save_arrays
 
-LOG_WIDTH = 130  # of the table, where there is no terminal to ask
 SOURCE = """a safetensors file of captured queries, keys and values (names in `tqcore.verify`);
 a Hugging Face model id or folder, with --text; or FILE.py:FUNCTION, called with the text, which returns such arrays by
 name (`tqjax.capture` makes them of a Flax model)"""
@@ -44,10 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from tqcore import report as report_of
-
     bits = args.bits.split("/")
     if len(bits) != 2 or not all(part.isdecimal() for part in bits):
         raise ValueError(f"`--bits` must be KEYS/VALUES such as 4/4, got {args.bits!r}.")
@@ -57,17 +52,14 @@ def _verify(args: argparse.Namespace) -> int:
     tensors = _tensors(args)
     if args.save:
         save_arrays(tensors, args.save)
-    out = sys.stderr if args.json else sys.stdout
-    console = Console(file=out, width=None if out.isatty() else LOG_WIDTH, highlight=False)
-    progress = report_of.progress(Console(stderr=True))
-    pair = int(bits[0]), int(bits[1])
-    report = verify.verify(tensors, bits=pair, theta=args.theta, queries=args.queries, track=progress)
-    report_of.print_table(report, console)
-    report_of.draw(report, args.plot)
-    console.print(f"picture: {args.plot}", soft_wrap=True)
+    pair, out = (int(bits[0]), int(bits[1])), sys.stderr if args.json else sys.stdout
+    found = verify.verify(tensors, bits=pair, theta=args.theta, queries=args.queries, track=report.progress)
+    report.print_table(found, out)
+    report.draw(found, args.plot)
+    print(f"picture: {args.plot}", file=out)
     if args.json:
-        print(json.dumps(report_of.as_json(report, args.source), indent=1))
-    return 0 if report.safe else 1
+        print(json.dumps(report.as_json(found, args.source), indent=1))
+    return 0 if found.safe else 1
 
 
 def _tensors(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The report of `tqcore.verify` as a table, a picture and JSON."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from os import PathLike
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from tqcore.verify import LIMITS, Loss, Report, Verdict
 from tqcore.version import __version__
 
 SCHEMA = 1
+LOG_WIDTH = 140  # of the table, where there is no terminal to ask
 
 
 def as_json(report: Report, source: str) -> dict[str, Any]:
@@ -38,18 +39,21 @@ def as_json(report: Report, source: str) -> dict[str, Any]:
     return head | {"safe": report.safe, "layers": layers}
 
 
-def progress(console: Any) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """A progress bar over layers, for `verify(track=...)`; `console` is rich's."""
+def progress(layers: Sequence[Any]) -> Iterable[Any]:
+    """A progress bar over layers on stderr, for `verify(track=progress)`."""
+    from rich.console import Console
     from rich.progress import track
 
-    return lambda layers: track(layers, "measuring layers", console=console, transient=True)
+    return track(layers, "measuring layers", console=Console(stderr=True), transient=True)
 
 
-def print_table(report: Report, console: Any) -> None:
+def print_table(report: Report, file: TextIO) -> None:
     """A row per layer: its keys, the bits asked for with no center, and the setting recommended; worst heads each."""
     from rich.box import SIMPLE
+    from rich.console import Console
     from rich.table import Table
 
+    console = Console(file=file, width=None if file.isatty() else LOG_WIDTH, highlight=False)
     bits = "/".join(map(str, report.bits))
     table = Table(box=SIMPLE, title=f"Attention from packed keys and values, asked for at {bits} bits")
     columns = ["\nlayer", "mean\n/ std", "channel\n/ rms", "token 0\n/ median", f"{bits} no center:\nvariation"]
@@ -59,7 +63,7 @@ def print_table(report: Report, console: Any) -> None:
     for layer in report.layers:
         table.add_row(*_row(layer, report.bits))
     console.print(table)
-    limits = f"variation ≤ {LIMITS['variation']}, top-1 ≥ {LIMITS['top1']}, output cosine ≥ {LIMITS['cosine']}"
+    limits = f"variation ≤ {LIMITS['variation']}, output cosine ≥ {LIMITS['cosine']}"
     console.print(f"Figures are those of a layer's worst head. Safe: {limits}.\n", soft_wrap=True)
     unsafe = [str(layer.index) for layer in report.layers if not layer.safe_at(report.bits)]
     centered = [str(x.index) for x in report.layers if _needs_center(x, report.bits)]
@@ -80,7 +84,8 @@ def draw(report: Report, path: str | PathLike) -> None:
     shown = [layer.recommended or layer.best_at(report.bits) for layer in report.layers]
     plain = [layer.best_at(report.bits, ("none",)) for layer in report.layers]
     names = {"score_relative": "relative score RMSE", "variation": "total variation", "cosine": "1 - output cosine"}
-    panels = [("keys: mean / std", [layer.outliers["mean_ratio"] for layer in report.layers], None)]
+    panels: list[tuple[str, list[NDArray], float | None]] = []
+    panels += [("keys: mean / std", [layer.outliers["mean_ratio"] for layer in report.layers], None)]
     panels += [(f"{bits}, no center:\ntotal variation", [x.heads["variation"] for x in plain], LIMITS["variation"])]
     for name, title in names.items():
         values = [1 - x.heads[name] if name == "cosine" else x.heads[name] for x in shown]
@@ -108,7 +113,7 @@ def _row(layer: Verdict, bits: Sequence[int]) -> list[str]:
     setting = f"{loss.setting}" if layer.recommended else f"[red]leave dense[/], not {loss.setting}"
     row = [str(layer.index), *(f"{ratio:.2f}" for ratio in ratios), _marked(plain, "variation"), setting]
     row += [str(loss.nbytes), f"{loss.worst['score_rmse']:.3g}", f"{loss.worst['score_relative']:.3f}"]
-    return row + [_marked(loss, name) for name in LIMITS]
+    return [*row, _marked(loss, "variation"), f"{loss.worst['top1']:.3f}", _marked(loss, "cosine")]
 
 
 def _marked(loss: Loss, name: str) -> str:
