@@ -153,7 +153,12 @@ class TinyLM(nnx.Module):
 def capture(text: str, tokens: int) -> dict[str, np.ndarray]:
     """What attention reads of the first bytes of `text`, for `python -m tqcore verify examples/tiny_lm.py:capture`."""
     model, _ = load(Path(__file__).with_name("tiny_lm.safetensors"))
-    config, data = model.config, np.frombuffer(text.encode()[: min(tokens, model.config.context)], np.uint8)
+    return arrays(model, text.encode()[: min(tokens, model.config.context)])
+
+
+def arrays(model: TinyLM, text: bytes) -> dict[str, np.ndarray]:
+    """What attention reads of `text`, by the names of `tqcore.verify`."""
+    config, data = model.config, np.frombuffer(text, np.uint8)
     _, qkvs = nnx.jit(TinyLM.__call__, static_argnames="return_qkv")(model, data[None], return_qkv=True)
     biases = [block.attention.key.bias[...].reshape(config.n_kv_heads, config.head_dim) for block in model.layers]
     parts = "query", "key", "value", "key_bias"
