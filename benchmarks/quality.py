@@ -29,7 +29,7 @@ from rich.progress import Progress
 from scipy.special import gammaln
 
 import tqcore
-from tqcore import codebook
+from tqcore import codebook, verify
 
 ROOT = Path(__file__).parent.parent
 WIDTHS, VECTORS = (64, 128, 256, 1536), 4096
@@ -150,15 +150,35 @@ def bits_per_byte(
         rows.append({"model": name} | row)
         progress.console.print(rows[-1])
         progress.advance(task)
+    add_verdicts(rows, model)
     return rows
 
 
+def add_verdicts(rows: list[dict[str, Any]], model: tiny_lm.TinyLM) -> None:
+    """What `verify` measures of the settings of `rows`, worst layer and head: "variation", "cosine" and "safe"."""
+    report = verify.verify(tiny_lm.arrays(model, dict(tiny_lm.corpus("held_out"))[TEXT][:LENGTH]))
+    for row in rows:
+        if row["note"] or row["center"] not in CENTERS or row["bits"] == "dense":
+            continue
+        widths = tuple(map(int, row["bits"].split("/")))
+        norm = tqcore.Quantizer(model.config.head_dim, widths[0]).norm
+        wanted = verify.Setting(*widths, norm, row["center"])
+        losses = [loss for layer in report.layers for loss in layer.losses if loss.setting == wanted]
+        row["variation"] = max(loss.worst["variation"] for loss in losses)
+        row["cosine"] = min(loss.worst["cosine"] for loss in losses)
+        row["safe"] = all(loss.safe for loss in losses)
+
+
 def model_table(rows: list[dict[str, Any]]) -> Table:
-    header = ["model", "keys / values", "center", "", "bits per byte", "change"]
-    return header, [
-        [row["model"], row["bits"], row["center"], row["note"], f"{row['bits_per_byte']:.4f}", f"{row['change']:+.2%}"]
-        for row in rows
-    ]
+    header = ["model", "keys / values", "center", "", "bits per byte", "change", "variation", "cosine", "verify"]
+    table = []
+    for row in rows:
+        cells = [row["model"], row["bits"], row["center"], row["note"], f"{row['bits_per_byte']:.4f}"]
+        verdict = ["", "", ""]
+        if "safe" in row:
+            verdict = [f"{row['variation']:.3f}", f"{row['cosine']:.3f}", "safe" if row["safe"] else "unsafe"]
+        table.append([*cells, f"{row['change']:+.2%}", *verdict])
+    return header, table
 
 
 # --- output ---------------------------------------------------------------------------------------------------

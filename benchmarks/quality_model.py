@@ -129,7 +129,7 @@ def with_large_biases(model: tiny_lm.TinyLM) -> tiny_lm.TinyLM:
 
 
 def recommended(model: tiny_lm.TinyLM, text: bytes, bits: tuple[int, int]) -> tuple[verify.Report, list[Way]]:
-    """What `verify` says of the model as it reads `text`, and by layer its cheapest safe setting at `bits`, or dense."""
+    """What `verify` says of the model as it reads `text`, and by layer its cheapest safe one at `bits`, or dense."""
     found = verify.verify(tiny_lm.arrays(model, text), bits=bits)
     safe = [layer.recommended_at(bits) for layer in found.layers]
     ways = [Way(0, 0) if x is None else Way(*bits, norm=x.setting.norm, center=x.setting.center) for x in safe]
