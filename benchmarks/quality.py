@@ -18,21 +18,21 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples"))  # of the model
 
-import flax  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import quality_model  # noqa: E402
-import quality_vectors  # noqa: E402
-import scipy  # noqa: E402
-import tiny_lm  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from quality_model import Way  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-from scipy.special import gammaln  # noqa: E402
+import flax
+import jax
+import numpy as np
+import quality_model
+import quality_vectors
+import scipy
+import tiny_lm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from quality_model import Way
+from rich.progress import Progress
+from scipy.special import gammaln
 
-import tqcore  # noqa: E402
-from tqcore import codebook, verify  # noqa: E402
+import tqcore
+from tqcore import codebook, verify
 
 WIDTHS, VECTORS = (64, 128, 256, 1536), 4096
 PAPER_MSE, PAPER_PRODUCT = (0.36, 0.117, 0.03, 0.009), (1.57, 0.56, 0.18, 0.047)
