@@ -12,7 +12,7 @@ import tiny_lm
 from quality_model import Way
 
 ROOT = Path(__file__).parent.parent
-TOKENS = np.frombuffer(b"def f(x):\n    return x + 1\n" * 4, np.uint8)[None]
+TOKENS = np.frombuffer(b"def f(x):\n    return x + 1\n" * 2, np.uint8)[None]
 
 
 @pytest.fixture(scope="module")
