@@ -20,6 +20,8 @@ from jax.typing import ArrayLike, DTypeLike
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tqcore.verify import name_arrays
+
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 QKV = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -146,6 +148,22 @@ class TinyLM(nnx.Module):
             qkvs.append(tuple(part.astype(jnp.float32) for part in qkv))
         logits = self.embedding.attend(self.final_norm(x))
         return (logits, qkvs) if return_qkv else logits
+
+
+def capture(text: str, tokens: int) -> dict[str, np.ndarray]:
+    """What attention reads of the first bytes of `text`, for `python -m tqcore verify examples/tiny_lm.py:capture`."""
+    model, _ = load(Path(__file__).with_name("tiny_lm.safetensors"))
+    return arrays(model, text.encode()[: min(tokens, model.config.context)])
+
+
+def arrays(model: TinyLM, text: bytes) -> dict[str, np.ndarray]:
+    """What attention reads of `text`, by the names of `tqcore.verify`."""
+    config, data = model.config, np.frombuffer(text, np.uint8)
+    _, qkvs = nnx.jit(TinyLM.__call__, static_argnames="return_qkv")(model, data[None], return_qkv=True)
+    biases = [block.attention.key.bias[...].reshape(config.n_kv_heads, config.head_dim) for block in model.layers]
+    parts = "query", "key", "value", "key_bias"
+    layers = [dict(zip(parts, (*qkv, bias), strict=True)) for qkv, bias in zip(qkvs, biases, strict=True)]
+    return name_arrays(layers, config.rope_theta)
 
 
 # ---------------------------------------------------------------------------------------------------

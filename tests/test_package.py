@@ -17,12 +17,27 @@ import tqjax
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("tqcore", "tqjax", "tq_torch") for path in (ROOT / package).rglob("*.py"))
 ISOLATION = {
-    "tqcore": ["jax", "torch", "triton", "flax", "safetensors", "transformers", "tqjax", "tq_torch"],
+    "tqcore": [
+        "jax",
+        "torch",
+        "triton",
+        "flax",
+        "safetensors",
+        "transformers",
+        "tqjax",
+        "tq_torch",
+        "rich",
+        "matplotlib",
+    ],
     "tqjax": ["torch", "triton", "flax", "safetensors", "transformers", "tq_torch"],
     "tq_torch": ["jax", "jaxlib", "flax", "safetensors", "transformers", "tqjax"],
 }
 HOMES = {
+    "flax": {"tqjax/capture.py"},
+    "matplotlib": {"tqcore/report.py"},
+    "rich": {"tqcore/report.py"},
     "safetensors": {"tqcore/file.py"},
+    "transformers": {"tq_torch/capture.py"},
     "triton": {
         "tqcore/kernels/__init__.py",
         "tqcore/kernels/scores.py",

@@ -6,9 +6,11 @@ name, and its arrays are stored as "codes", "norms" and so on.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ def save_file(packed: PackedVectors | Mapping[str, PackedVectors], path: str | P
     Raises:
       ValueError: codes and norms do not match their quantizer, or a name is empty.
     """
-    from safetensors.numpy import save_file as save_arrays
+    from safetensors.numpy import save_file as save
 
     named = {"": packed} if isinstance(packed, PackedVectors) else dict(packed)
     if not isinstance(packed, PackedVectors) and "" in named:
@@ -41,7 +43,7 @@ def save_file(packed: PackedVectors | Mapping[str, PackedVectors], path: str | P
     centered = [name for name, vectors in named.items() if vectors.center is not None]
     metadata = {"quantizers": json.dumps(quantizers), "centered": json.dumps(centered)}
     metadata |= {"format": FORMAT, "version": VERSION}
-    save_arrays(arrays, path, metadata)
+    save(arrays, path, metadata)
 
 
 def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
@@ -75,6 +77,40 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
         packed[name] = _packed({part: arrays[_array_name(name, part)] for part in parts[name]}, quantizer, metadata)
         checks.check_packed(name or "packed", packed[name])
     return packed.get("", packed)
+
+
+def load_arrays(path: str | PathLike) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file by name; bfloat16 ones as float32, for which NumPy has no type of its own.
+
+    Raises:
+      ValueError: the file is not a whole safetensors file, or holds a dtype other than numbers of 8 to 64 bits.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path} must be a safetensors file, got no file.")
+    try:
+        parts = deserialize(Path(path).read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got: {error}.") from error
+    arrays = {}
+    for name, part in parts:
+        dtype, data = part["dtype"], part["data"]
+        if dtype == "BF16":
+            array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        elif re.fullmatch("[IUF](8|16|32|64)", dtype):
+            array = np.frombuffer(data, f"<{dtype[0].lower()}{int(dtype[1:]) // 8}")
+        else:
+            raise ValueError(f"{path} must hold numbers of 8 to 64 bits, got dtype {dtype} of {name!r}.")
+        arrays[name] = array.reshape(part["shape"])
+    return arrays
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: str | PathLike) -> None:
+    """Writes arrays by name to a safetensors file."""
+    from safetensors.numpy import save_file as save
+
+    save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def _parts(vectors: PackedVectors) -> dict[str, np.ndarray]:

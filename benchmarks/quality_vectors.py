@@ -1,4 +1,4 @@
-"""What norms, centers and residual signs are worth: the tables of docs/quality.md.
+"""What norms, centers and residual signs are worth for keys of many kinds: tables of `quality.py`.
 
 Synthetic keys, values and queries are means over draws, D = 128; "tiny_lm" are those of the model of the examples as it
 reads a held-out text, D = 64, under its causal mask, means over layers and heads. Runs in NumPy but for that model.
@@ -20,6 +20,7 @@ from tqcore import Quantizer
 D, S, T, DRAWS = 128, 1024, 32, 12
 SPREAD = 3.0  # standard deviation of synthetic scores along S, the center's left out
 TEXT, LENGTH = "gzip.py", 512
+Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def rotated_bias(low_frequency: bool, draw: int) -> Sample:
 @cache
 def model_keys() -> Sample:
     """Layers as the batch."""
-    model, _ = tiny_lm.load(Path(__file__).with_name("tiny_lm.safetensors"))
+    model, _ = tiny_lm.load(Path(__file__).parents[1] / "examples/tiny_lm.safetensors")
     tokens = np.frombuffer(dict(tiny_lm.corpus("held_out"))[TEXT][:LENGTH], np.uint8)[None]
     _, layers = nnx.jit(type(model).__call__, static_argnames="return_qkv")(model, tokens, return_qkv=True)
     q, k, v = (np.concatenate([np.asarray(x) for x in group]) for group in zip(*layers, strict=True))
@@ -156,12 +157,6 @@ def means(name: str, quantizer: Callable[[int], Quantizer], center: str = "none"
     return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
 
 
-def table(header: str, rows: list[list[str]]) -> None:
-    print(f"\n| {header} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
 def norms() -> list[list[str]]:
     rows = []
     for name in ("Gaussian", "scaled coordinates", "four outlier coordinates", "low rank", "tiny_lm"):
@@ -196,10 +191,15 @@ def signs() -> list[list[str]]:
     return rows
 
 
-if __name__ == "__main__":
-    pair = "plain / corrected"
-    table(
-        f"keys | bits | ‖k̂ − k‖² / ‖k‖² | bias | softmax total variation | values: output error ({pair} each)", norms()
-    )
-    table("keys | bits | no center | `key_center` | `rotary_center`", centers())
-    table("keys | bits | bias | score RMSE | softmax total variation (plain / corrected / qjl each)", signs())
+PAIR = "plain / corrected"
+TABLES: dict[str, Callable[[], Table]] = {
+    "norms": lambda: (
+        ["keys", "bits", "‖k̂ − k‖² / ‖k‖²", "bias", "softmax total variation", f"values: output error ({PAIR} each)"],
+        norms(),
+    ),
+    "centers": lambda: (["keys", "bits", "no center", "`key_center`", "`rotary_center`"], centers()),
+    "residual signs": lambda: (
+        ["keys", "bits", "bias", "score RMSE", f"softmax total variation ({PAIR} / qjl each)"],
+        signs(),
+    ),
+}
