@@ -197,7 +197,7 @@ def _copy(
     codes_ptr, norms_ptr, codes_to, norms_to, s, count,
     CODES_STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of the same into shared memory, as one group; what lies from `count` on is undefined there."""
+    """Starts the copy of the same into shared memory; what lies from `count` on is undefined there."""
     LK: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BLOCK_P, BLOCK_P // 16], [1, 1], [1, 0])
     key = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, LK))[:, None]
     p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, LK))[None, :]
