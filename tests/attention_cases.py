@@ -215,8 +215,6 @@ def _pooled(packed, table, page):
     batch, kv_heads, size = packed.codes.shape[:3]
 
     def pool(x):
-        if x.shape[:2] != (batch, kv_heads):
-            return x  # a center of heads, which all positions share
         nothing = 255 if x.dtype == np.uint8 else np.nan
         result = np.full((table.size + 3, kv_heads, page, *x.shape[3:]), nothing, x.dtype)
         for b, s in np.ndindex(batch, size):
@@ -224,4 +222,5 @@ def _pooled(packed, table, page):
                 result[table[b, s // page], :, s % page] = x[b, :, s]
         return result
 
-    return packed.map(pool)
+    center = packed.center if packed.center is None or packed.center.ndim == 3 else pool(packed.center)
+    return replace(replace(packed, center=None).map(pool), center=center)

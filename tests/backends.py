@@ -168,8 +168,11 @@ def assert_close(got: np.ndarray, expected: np.ndarray, limit: float) -> None:
 
 
 def attention_tolerance(dtype: str, head_dim: int) -> float:
-    """Largest relative error of an output row: it is rounded to `dtype`, and its logits, of up to 16, to float32."""
-    return UNIT_ROUNDOFF[dtype] + 16 * tolerance("float32", head_dim)
+    """Largest relative error of an output row, which is rounded to `dtype`, and its logits, of up to 16, to float32.
+
+    A rotation that is not exact may take a coordinate of the query to the next of its 2^14 steps.
+    """
+    return UNIT_ROUNDOFF[dtype] + 2 * 2.0**-14 + 16 * tolerance("float32", head_dim)
 
 
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -90,7 +90,7 @@ def test_traced_attention(backend, case):
     assert_close_attention(backend.attention(inputs), attention_oracle(inputs), case.dtype)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     case=st.builds(
         AttentionCase,

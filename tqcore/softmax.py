@@ -111,10 +111,10 @@ def attention(
     used = used_positions(kv_lengths, query.shape[2], positions, options)
     if page_table is not None:
         keys, values = _gathered(keys, values, page_table, used, xp)
+    keys, values = (_blanked(packed, used[:, None], xp) for packed in (keys, values))
     visible = visible_positions(kv_lengths, library.arange(query.shape[2]), positions, options)
     logits, shift = _logits(query, keys, options, library)
-    vectors = xp.where(used[:, None, :, None], _rotated_values(values, library), 0.0)
-    out, lse = _attend(logits, vectors, visible[:, None], options.num_splits or 1, library)
+    out, lse = _attend(logits, _rotated_values(values, library), visible[:, None], options.num_splits or 1, library)
     out = library.unrotate(out, values.quantizer)
     if shift is not None:
         lse = lse + shift[..., 0]
@@ -213,6 +213,15 @@ def _rotated_values(values, library):
     if values.center is not None:
         vectors = vectors + library.rotate(library.wide(values.center), values.quantizer)
     return vectors
+
+
+def _blanked(packed, used, xp):
+    """Zeros where no position is `used` [B, 1, S]: whatever lies there, a weight of zero times it is zero."""
+    center = packed.center
+    if center is not None and center.shape[-2] != 1:
+        center = xp.where(used[..., None], center, 0.0)
+    residual = None if packed.residual is None else _blanked(packed.residual, used, xp)
+    return replace(packed, norms=xp.where(used, packed.norms, 0.0), center=center, residual=residual)
 
 
 def _gathered(keys, values, page_table, used, xp):
