@@ -257,6 +257,17 @@ def test_torch_compile(backend, case):
     assert_close_attention(tuple(map(to_numpy, got)), attention_oracle(inputs), "float32")
 
 
+def test_torch_compiles_once_as_the_cache_grows():
+    """Sizes as symbols: `dynamic=True`, or what torch turns to when a size changes."""
+    compiled = torch.compile(tq_torch.attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (70, 90, 133):
+        inputs = attention_inputs(replace(PLAIN, S=size, centers=("varying", "static")))
+        query, keys, values, arrays = attention_arguments(tq_torch, inputs)
+        with torch.compiler.set_stance("default" if size == 70 else "fail_on_recompile"):
+            got = compiled(query, keys, values, **arrays, return_lse=True)
+        assert_close_attention(tuple(map(to_numpy, got)), attention_oracle(inputs), "float32")
+
+
 class Attention(torch.nn.Module):
     def __init__(self, inputs):
         super().__init__()

@@ -338,7 +338,7 @@ def _check_center(name: str, center: Any, shape: Sequence[int]) -> None:
     """float32 that broadcasts to vectors of `shape`."""
     check_array(name, center, "[..., 1 or S, D]", ("float32",))
     axes, excess = tuple(center.shape), len(center.shape) - len(shape)
-    fits = excess <= 0 and all(a in (1, b) for a, b in zip(axes, tuple(shape)[-len(axes) :], strict=True))
+    fits = excess <= 0 and all(a == 1 or a == b for a, b in zip(axes, tuple(shape)[-len(axes) :], strict=True))
     if not fits or axes[-1] != shape[-1]:
         raise ValueError(
             f"`{name}` must be an array [..., 1 or S, D] that broadcasts to the vectors' shape, "

@@ -162,7 +162,9 @@ def _total(total, peak, xp):
 
 
 def _attend(logits, vectors, visible, num_splits, library):
-    """`_attend_part` over `num_splits` parts of S, merged."""
+    """`_attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
+    if num_splits == 1:
+        return _attend_part(logits, vectors, visible, library)
     size = max(1, -(-logits.shape[-1] // num_splits))
 
     def part(start):
