@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from attention_cases import AttentionInputs
 from cases import Inputs
 
 import tq_torch
@@ -43,6 +44,15 @@ class Backend:
         with POISONED[self.package.__name__](shape), np.errstate(all="ignore"):
             return to_numpy(jax.jit(function)(*arrays) if self.traced else function(*arrays))
 
+    def attention(self, inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
+        """`attention` into memory that held NaN before, and its log-sum-exp."""
+        query, keys, values, arrays = attention_arguments(self.package, inputs)
+        function = partial(self.package.attention, **inputs.static, return_lse=True, implementation=self.implementation)
+        with POISONED[self.package.__name__](inputs.query.shape):
+            out, lse = (jax.jit(function) if self.traced else function)(query, keys, values, **arrays)
+        out = out.float() if out.dtype == torch.bfloat16 else out
+        return to_numpy(out), to_numpy(lse)
+
 
 BACKENDS = [
     Backend("tqjax-xla", tqjax, "xla"),
@@ -63,6 +73,7 @@ if CUDA and torch.cuda.get_device_capability()[0] == 9:
         Backend("tqjax-gluon", tqjax, "gluon"),
         Backend("tqjax-gluon-traced", tqjax, "gluon", traced=True),
     ]
+ATTENTION_BACKENDS = [backend for backend in BACKENDS if backend.implementation in ("xla", "eager")]
 PACKAGES = [tqcore, tqjax, tq_torch]
 
 
@@ -75,6 +86,13 @@ def to_array(package: ModuleType, x: np.ndarray) -> Any:
     if x.dtype.name == "bfloat16":
         return torch.tensor(x.astype(np.float32), device=DEVICE).bfloat16()
     return torch.tensor(x, device=DEVICE)
+
+
+def attention_arguments(package: ModuleType, inputs: AttentionInputs) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Query, keys, values and the other arrays, as the package's own."""
+    arrays = {name: to_array(package, x) for name, x in inputs.arrays.items()}
+    packed = (vectors.map(partial(to_array, package)) for vectors in (inputs.keys, inputs.values))
+    return to_array(package, inputs.query), *packed, arrays
 
 
 def cpu_array(package: ModuleType, x: np.ndarray) -> Any:
@@ -147,3 +165,33 @@ def assert_close(got: np.ndarray, expected: np.ndarray, limit: float) -> None:
     assert got.shape == expected.shape, f"got {got.shape}, expected {expected.shape}"
     error, size = np.linalg.norm(got - expected), np.linalg.norm(expected)
     assert np.isfinite(error) and error <= limit * size, f"relative error {error / size:.3g} exceeds {limit:.3g}"
+
+
+def attention_tolerance(dtype: str, head_dim: int) -> float:
+    """Largest relative error of an output row, which is rounded to `dtype`, and its logits, of up to 16, to float32.
+
+    A rotation that is not exact may take a coordinate of the query to the next of its 2^14 steps.
+    """
+    return UNIT_ROUNDOFF[dtype] + 2 * 2.0**-14 + 16 * tolerance("float32", head_dim)
+
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def assert_close_attention(got: tuple, expected: tuple, dtype: str) -> None:
+    """Each output row and log-sum-exp; zeros, infinities and NaN where they are expected, and only there."""
+    (out, lse), (wanted, wanted_lse) = got, expected
+    assert (out.shape, lse.shape) == (wanted.shape, wanted_lse.shape), f"got {out.shape}, {lse.shape}"
+    out, wanted = out.astype(np.float64), wanted.astype(np.float64)
+    error, size = np.linalg.norm(out - wanted, axis=-1), np.linalg.norm(wanted, axis=-1)
+    limit = attention_tolerance(dtype, out.shape[-1])
+    fits = (error <= limit * size) | (np.isnan(out).all(-1) & np.isnan(wanted).all(-1))
+    with np.errstate(invalid="ignore"):
+        fits_lse = np.abs(lse - wanted_lse) <= attention_tolerance("float32", out.shape[-1]) * (1 + np.abs(wanted_lse))
+        fits_lse = np.where(
+            np.isfinite(wanted_lse), fits_lse, (lse == wanted_lse) | np.isnan(lse) & np.isnan(wanted_lse)
+        )
+    for name, fit, a, b in (("outputs", fits, out, wanted), ("log-sum-exps", fits_lse, lse, wanted_lse)):
+        wrong = np.argwhere(~fit)
+        first = tuple(wrong[0]) if len(wrong) else ()
+        assert not len(wrong), f"{len(wrong)} of {fit.size} {name} differ, first at {first}: {a[first]}, not {b[first]}"

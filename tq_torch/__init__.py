@@ -3,6 +3,7 @@
 Letters, shapes and operations are those of `tqcore`; arrays are torch tensors.
 """
 
+from tq_torch.attention_ops import attention, merge_attention
 from tq_torch.ops import (
     attention_scores,
     compress,
@@ -23,6 +24,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "attention",
     "attention_scores",
     "compress",
     "decompress",
@@ -30,6 +32,7 @@ __all__ = [
     "fused_qk_scores",
     "key_center",
     "load_file",
+    "merge_attention",
     "rotary_center",
     "rotate",
     "save_file",

@@ -55,8 +55,11 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
 
 
 def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    table = centroids(quantizer, codes.device)
-    return unrotate(table[unpack(codes, torch, quantizer.code_bits).long()], quantizer) * norms[..., None]
+    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+
+
+def dequantize(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    return _centroids_at(codes, quantizer) * norms[..., None]
 
 
 def fused_qk_scores(q, codes, norms, words, scale):
@@ -139,6 +142,11 @@ def flush(x):
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """float32 product by way of float64, which a device's reduced-precision float32 products cannot touch."""
     return (left.double() @ right.double()).float()
+
+
+def _centroids_at(codes, quantizer):
+    """centroids[index] [..., D]."""
+    return centroids(quantizer, codes.device)[unpack(codes, torch, quantizer.code_bits).long()]
 
 
 def _integer_products(n, planes, indices):

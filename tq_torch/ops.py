@@ -176,9 +176,9 @@ def attention_scores(
     scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
     named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms, "keys.center": keys.center}
     checks.check_devices({name: tensor.device for name, tensor in named.items() if tensor is not None})
-    scores = _packed_scores(query, keys, scale)
+    scores = packed_scores(query, keys, scale)
     if keys.residual is not None:
-        scores = scores + _packed_scores(query, keys.residual, scale)
+        scores = scores + packed_scores(query, keys.residual, scale)
     if center_of.is_added(keys, add_center):
         scores = scores + center_of.scores(query.float(), keys.center, scale, keys.codes.shape[1], eager.matmul)
     return scores
@@ -244,11 +244,17 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
     return _map_file(tqcore.load_file(path), torch.from_numpy)
 
 
-def _packed_scores(query, keys, scale):
+def packed_scores(query, keys, scale, implementation=None):
     """Scores of the codes and norms alone."""
     rotated, bits = rotate(query, keys.quantizer), keys.quantizer.code_bits
     checks.check_scores(rotated, keys.codes, keys.norms, scale, query.shape[1], keys.codes.shape[1])
-    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, bits, scale, None)
+    return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, bits, scale, implementation)
+
+
+def dequantize(packed):
+    """norm · centroids[index] [..., S, D], not rotated back."""
+    quantizer = packed.quantizer
+    return torch.ops.tq_torch.dequantize(packed.codes, packed.norms, quantizer.head_dim, quantizer.code_bits)
 
 
 def _map_file(packed, function):
@@ -268,6 +274,7 @@ QUANTIZER = "int head_dim, int bits, str rotation, int seed, str norm"
 _library = torch.library.Library("tq_torch", "DEF")
 _library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
 _library.define(f"compress(Tensor x, {QUANTIZER}) -> (Tensor, Tensor)")
+_library.define("dequantize(Tensor codes, Tensor norms, int head_dim, int bits) -> Tensor")
 _library.define(f"decompress(Tensor codes, Tensor norms, {QUANTIZER}) -> Tensor")
 _library.define(
     "fused_qk_scores(Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, int? bits, "
@@ -296,6 +303,10 @@ def _rotate(x, *fields_and_inverse):
 
 def _compress(x, *fields):
     return eager.compress(x, _quantizer(*fields))
+
+
+def _dequantize(codes, norms, head_dim, bits):
+    return eager.dequantize(codes, norms, Quantizer(head_dim, bits))
 
 
 def _decompress(codes, norms, *fields):
@@ -336,6 +347,7 @@ def _score_gradients(grad, q, codes, norms, centroids, bits, scale):
 for _name, _function in (
     ("rotate", _rotate),
     ("compress", _compress),
+    ("dequantize", _dequantize),
     ("decompress", _decompress),
     ("fused_qk_scores", _scores),
     ("fused_qk_scores_backward", _score_gradients),
@@ -354,6 +366,7 @@ def _(x, head_dim, bits, *_):
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@torch.library.register_fake("tq_torch::dequantize", lib=_library)
 @torch.library.register_fake("tq_torch::decompress", lib=_library)
 def _(codes, norms, head_dim, *_):
     return norms.new_empty((*norms.shape, head_dim))

@@ -17,6 +17,7 @@ from tqcore.reference import (
     key_center,
     rotary_center,
 )
+from tqcore.reference_attention import attention, merge_attention
 from tqcore.rotation import rotate, unrotate
 from tqcore.version import __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "attention",
     "attention_scores",
     "compress",
     "decompress",
@@ -32,6 +34,7 @@ __all__ = [
     "fused_qk_scores",
     "key_center",
     "load_file",
+    "merge_attention",
     "rotary_center",
     "rotate",
     "save_file",

@@ -52,8 +52,7 @@ def check_norm(norm: Any) -> None:
 
 
 def check_qjl(qjl: Any, bits: int) -> None:
-    if not isinstance(qjl, bool):
-        raise ValueError(f"`qjl` must be True or False, got {qjl!r}.")
+    check_flag("qjl", qjl)
     if qjl and bits < 2:
         raise ValueError(f"`bits` must be at least 2 where qjl is True, one of them for signs, got {bits}.")
 
@@ -206,11 +205,7 @@ def check_attention_scores(query, keys, scale, add_center) -> None:
     check_array("query", query, "[B, H, T, D]", FLOATS)
     check_packed("keys", keys)
     check_array("keys.codes", keys.codes, "[B, K, S, P]", ("uint8",))
-    if query.shape[-1] != keys.quantizer.head_dim:
-        raise ValueError(
-            "the last axis of `query` must be the keys' head_dim, "
-            f"got shape {list(query.shape)}, head_dim={keys.quantizer.head_dim}."
-        )
+    _check_query_width(query, keys)
     if scale is not None:
         check_scale(scale)
     if add_center is False and keys.center is not None and keys.center.shape[-2] != 1:
@@ -220,6 +215,107 @@ def check_attention_scores(query, keys, scale, add_center) -> None:
         )
     if not (add_center is None or isinstance(add_center, bool)):
         raise ValueError(f"`add_center` must be None, True or False, got {add_center!r}.")
+
+
+def check_attention(query, keys, values, kv_lengths, page_table, sinks) -> None:
+    """The arrays of `attention`, but for the values of lengths and page numbers."""
+    check_array("query", query, "[B, H, T, D]", FLOATS)
+    for name, packed in (("keys", keys), ("values", values)):
+        check_packed(name, packed)
+        axes = "[B, K, S, P]" if page_table is None else "[N, K, page, P]"
+        check_array(f"{name}.codes", packed.codes, axes, ("uint8",))
+    if tuple(keys.shape) != tuple(values.shape):
+        raise ValueError(f"`keys` and `values` must have one shape, got {list(keys.shape)} and {list(values.shape)}.")
+    _check_query_width(query, keys)
+    (batch, heads), (sequences, kv_heads, page) = query.shape[:2], keys.codes.shape[:3]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"the heads of `query` must be a multiple of those of `keys`, got {heads} and {kv_heads} heads."
+        )
+    if page_table is None and batch != sequences:
+        raise ValueError(f"`query` and `keys` must have one batch size, got {batch} and {sequences}.")
+    if page_table is not None:
+        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `query`", batch)
+        if 0 in (sequences, page):
+            raise ValueError(f"`keys` must hold at least one page and position, got shape {list(keys.shape)}.")
+    if kv_lengths is not None:
+        _check_axes("kv_lengths", kv_lengths, "[B]", "int32", "batch size of `query`", batch)
+    if sinks is not None:
+        _check_axes("sinks", sinks, "[H]", "float32", "heads of `query`", heads)
+
+
+def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap, num_splits) -> None:
+    """The arguments of `attention` that are no arrays."""
+    if scale is not None:
+        check_scale(scale)
+    check_flag("is_causal", is_causal)
+    window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    if local_window_size is not None and not (len(window) == 2 and all(_is_count(x) for x in window)):
+        raise ValueError(
+            "`local_window_size` must be None, an integer of at least 0 or a pair (left, right) of them, "
+            f"got {local_window_size!r}."
+        )
+    cap = logits_soft_cap
+    if cap is not None and not (isinstance(cap, int | float | np.number) and 0 < cap <= FLOAT32_MAX):
+        raise ValueError(f"`logits_soft_cap` must be None or a positive number within float32, got {cap!r}.")
+    if num_splits is not None and not (_is_count(num_splits) and num_splits > 0):
+        raise ValueError(f"`num_splits` must be None or an integer of at least 1, got {num_splits!r}.")
+
+
+def check_lengths(kv_lengths: NDArray[np.int32], positions: int) -> None:
+    """What can be seen of `kv_lengths` only once they are concrete."""
+    if np.any((kv_lengths < 0) | (kv_lengths > positions)):
+        raise ValueError(f"`kv_lengths` must be 0 to {positions}, the positions there are, got {kv_lengths.tolist()}.")
+
+
+def check_page_numbers(page_table: NDArray[np.int32], used: NDArray[np.bool_], pages: int) -> None:
+    """What can be seen of `page_table` only once it is concrete; `used` [B, M] says which entries count."""
+    wrong = page_table[used & ((page_table < 0) | (page_table >= pages))]
+    if len(wrong):
+        raise ValueError(f"the entries of `page_table` must be 0 to {pages - 1}, pages of the pool, got {wrong[0]}.")
+
+
+def check_merge(out_a, lse_a, out_b, lse_b) -> None:
+    """The arguments of `merge_attention`."""
+    for name, out in (("out_a", out_a), ("out_b", out_b)):
+        check_array(name, out, "[..., D]", FLOATS)
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_array(name, lse, "[...]", ("float32",))
+    if tuple(out_a.shape) != tuple(out_b.shape) or dtype_name(out_a.dtype) != dtype_name(out_b.dtype):
+        raise ValueError(
+            "`out_a` and `out_b` must have one shape and dtype, "
+            f"got {list(out_a.shape)} {dtype_name(out_a.dtype)} and {list(out_b.shape)} {dtype_name(out_b.dtype)}."
+        )
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        if not out_a.shape or tuple(lse.shape) != tuple(out_a.shape[:-1]):
+            raise ValueError(
+                f"`{name}` must have the shape of `out_a` without its last axis, "
+                f"got {list(lse.shape)} and {list(out_a.shape)}."
+            )
+
+
+def check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise ValueError(f"`{name}` must be True or False, got {flag!r}.")
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) >= 0
+
+
+def _check_axes(name: str, array: Any, axes: str, dtype: str, what: str, size: int) -> None:
+    """Rank and dtype, and a first axis of `size`."""
+    check_array(name, array, axes, (dtype,))
+    if array.shape[0] != size:
+        raise ValueError(f"the first axis of `{name}` must be the {what}, got shape {list(array.shape)}, {size}.")
+
+
+def _check_query_width(query: Any, keys: Any) -> None:
+    if query.shape[-1] != keys.quantizer.head_dim:
+        raise ValueError(
+            "the last axis of `query` must be the keys' head_dim, "
+            f"got shape {list(query.shape)}, head_dim={keys.quantizer.head_dim}."
+        )
 
 
 def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
@@ -242,7 +338,7 @@ def _check_center(name: str, center: Any, shape: Sequence[int]) -> None:
     """float32 that broadcasts to vectors of `shape`."""
     check_array(name, center, "[..., 1 or S, D]", ("float32",))
     axes, excess = tuple(center.shape), len(center.shape) - len(shape)
-    fits = excess <= 0 and all(a in (1, b) for a, b in zip(axes, tuple(shape)[-len(axes) :], strict=True))
+    fits = excess <= 0 and all(a == 1 or a == b for a, b in zip(axes, tuple(shape)[-len(axes) :], strict=True))
     if not fits or axes[-1] != shape[-1]:
         raise ValueError(
             f"`{name}` must be an array [..., 1 or S, D] that broadcasts to the vectors' shape, "

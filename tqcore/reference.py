@@ -161,9 +161,9 @@ def attention_scores(
     """
     checks.check_attention_scores(query, keys, scale, add_center)
     scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = _packed_scores(query, keys, scale)
+    scores = packed_scores(query, keys, scale)
     if keys.residual is not None:
-        scores = scores + _packed_scores(query, keys.residual, scale)
+        scores = scores + packed_scores(query, keys.residual, scale)
     if center_of.is_added(keys, add_center):
         scores = scores + center_of.scores(query.astype(np.float32), keys.center, scale, keys.codes.shape[1], _matmul)
     return scores
@@ -241,7 +241,7 @@ def _decode(codes: NDArray[np.uint8], norms: NDArray[np.float32], quantizer: Qua
     return unrotate(quantizer.codebook.centroids[indices], quantizer) * norms[..., None]
 
 
-def _packed_scores(query: NDArray, keys: PackedVectors, scale: float) -> NDArray[np.float32]:
+def packed_scores(query: NDArray, keys: PackedVectors, scale: float) -> NDArray[np.float32]:
     """Scores of the codes and norms alone."""
     return fused_qk_scores(
         rotate(query, keys.quantizer),

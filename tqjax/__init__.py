@@ -6,6 +6,7 @@ Letters, shapes and operations are those of `tqcore`; arrays are JAX's.
 import jax
 
 from tqcore import Codebook, PackedVectors, Quantizer, __version__
+from tqjax.attention_ops import attention, merge_attention
 from tqjax.ops import (
     attention_scores,
     compress,
@@ -29,6 +30,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "attention",
     "attention_scores",
     "compress",
     "decompress",
@@ -36,6 +38,7 @@ __all__ = [
     "fused_qk_scores",
     "key_center",
     "load_file",
+    "merge_attention",
     "rotary_center",
     "rotate",
     "save_file",

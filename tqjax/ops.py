@@ -79,7 +79,7 @@ def compress(x: jax.Array, quantizer: Quantizer, *, center: jax.Array | None = N
     checks.check_vectors(x, quantizer, center)
     if center is None:
         return _compress(jnp.asarray(x), quantizer, None)
-    _check_devices(x=x, center=center)
+    check_devices(x=x, center=center)
     center = jnp.asarray(center)
     return dataclasses.replace(_compress(jnp.asarray(x), quantizer, center), center=center)
 
@@ -144,7 +144,7 @@ def fused_qk_scores(
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
     checks.check_centroids(centroids, bits)
-    _check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
+    check_devices(q_rotated=q_rotated, packed_indices=packed_indices, norms=norms, centroids=centroids)
     arrays = [jnp.asarray(x) for x in (q_rotated, packed_indices, norms, centroids)]
     scale = checks.as_scale(scale)
     if isinstance(centroids, Tracer):
@@ -177,9 +177,9 @@ def attention_scores(
     """
     checks.check_attention_scores(query, keys, scale, add_center)
     scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = _packed_scores(query, keys, scale)
+    scores = packed_scores(query, keys, scale)
     if keys.residual is not None:
-        scores = scores + _packed_scores(query, keys.residual, scale)
+        scores = scores + packed_scores(query, keys.residual, scale)
     if center_of.is_added(keys, add_center):
         scores = scores + _center_scores(jnp.asarray(query), keys.center, scale, keys.codes.shape[1])
     return scores
@@ -252,7 +252,7 @@ _rotary_center = jax.jit(xla.rotary_center, static_argnums=(2, 3))
 _center_scores = jax.jit(xla.center_scores, static_argnums=(2, 3))
 
 
-def _packed_scores(query, keys, scale):
+def packed_scores(query, keys, scale, implementation=None):
     """Scores of the codes and norms alone."""
     return fused_qk_scores(
         rotate(query, keys.quantizer),
@@ -262,6 +262,7 @@ def _packed_scores(query, keys, scale):
         scale,
         n_q_heads=query.shape[1],
         n_kv_heads=keys.codes.shape[1],
+        implementation=implementation,
     )
 
 
@@ -339,7 +340,7 @@ _scores = jax.custom_vjp(_scores_primal, nondiff_argnums=(5, 6))
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _check_devices(**arrays):
+def check_devices(**arrays):
     """Arrays that JAX would refuse to bring together: those committed to different devices."""
     devices = {
         name: ", ".join(sorted(map(str, x.devices())))

@@ -104,8 +104,16 @@ def _encode(x, quantizer):
 
 def _decode(codes, norms, quantizer):
     """norm · Rᵀ centroids[index]."""
-    centroids = jnp.asarray(quantizer.codebook.centroids)
-    return unrotate(centroids[unpack(codes, jnp, quantizer.code_bits)], quantizer) * norms[..., None]
+    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+
+
+def dequantize(packed: PackedVectors) -> jax.Array:
+    """norm · centroids[index] [..., S, D], not rotated back."""
+    return _centroids_at(packed.codes, packed.quantizer) * packed.norms[..., None]
+
+
+def _centroids_at(codes, quantizer):
+    return jnp.asarray(quantizer.codebook.centroids)[unpack(codes, jnp, quantizer.code_bits)]
 
 
 def fused_qk_scores(q, codes, norms, words):

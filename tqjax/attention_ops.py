@@ -1,0 +1,114 @@
+"""The public operations on packed values: check, choose the implementation, call it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from tqcore import checks, softmax
+from tqcore.quantizer import PackedVectors
+from tqjax import ops, xla_attention
+
+IMPLEMENTATIONS = ("xla",)
+
+
+def attention(
+    query: jax.Array,
+    keys: PackedVectors,
+    values: PackedVectors,
+    *,
+    kv_lengths: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention over packed keys and values: out[b,h,t] = Σ_s softmax_s(scale · ⟨query[b,h,t], k̂[b,k,s]⟩) · v̂[b,k,s].
+
+    k̂ and v̂ are what `decompress` returns, centers and residuals included; query head h reads head k = h // (H // K).
+    Query t stands at p = kv_length - T + t, and sees position s where s < kv_length, with `is_causal` s ≤ p, and with a
+    window p - left ≤ s ≤ p + right. One that sees nothing gets zeros; NaN and infinity that it sees make it NaN. Scores
+    of codes are those of `fused_qk_scores`, exact; what follows agrees within a tolerance (docs/format.md).
+    Works under `jit`, with nothing compiled anew as lengths and pages change, and `vmap`. Differentiates by the query
+    as the function that it approximates.
+
+    Args:
+      query: [B, H, T, D] float32, bfloat16 or float16, not rotated.
+      keys: PackedVectors [B, K, S, D], K dividing H.
+      values: PackedVectors of the same shape; bits, rotation and norm may differ.
+      kv_lengths: [B] int32, 0 to S: the positions in use. What lies beyond is not looked at. None means S.
+      page_table: [B, M] int32. Keys and values are then pools [N, K, page, D], and position s of sequence b is in page
+        page_table[b, s // page]; S is M · page. Entries of which no position is seen are not looked at.
+      is_causal: whether a query sees no position after its own, the last query standing at the last position.
+      local_window_size: (left, right), or one integer for both: how far a query sees. None means without a bound. A
+        causal sliding window of w positions is `is_causal=True` with (w - 1, 0).
+      logits_soft_cap: c > 0 turns logits x into c · tanh(x / c) before masking.
+      sinks: [H] float32: one more logit for each head, whose value is zero.
+      scale: None means 1/√D.
+      num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
+      return_lse: whether the log-sum-exp is returned too.
+      implementation: "xla" or None: xla, on any device.
+
+    Returns:
+      [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
+      that the softmax divides by: centers and sinks included, -inf where nothing is seen and there is no sink. So
+      `merge_attention` joins it with attention over other keys, the sinks being given to one of the two.
+
+    Raises:
+      ValueError: an argument does not fit. Lengths and page numbers out of range are seen where they are concrete and
+        on a CPU; elsewhere they make their sequence NaN.
+
+    Source: Dao, FlashAttention-2, arXiv:2307.08691; Xiao et al., StreamingLLM, arXiv:2309.17453, for sinks.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_attention(query, keys, values, kv_lengths, page_table, sinks)
+    checks.check_flag("return_lse", return_lse)
+    options = softmax.options(query, scale, is_causal, local_window_size, logits_soft_cap, num_splits)
+    named = {"kv_lengths": kv_lengths, "page_table": page_table, "sinks": sinks}
+    named = {name: x for name, x in named.items() if x is not None}
+    ops.check_devices(query=query, **{"keys.codes": keys.codes, "values.codes": values.codes}, **named)
+    softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
+    out, lse = _attention(
+        jnp.asarray(query), keys.map(jnp.asarray), values.map(jnp.asarray), kv_lengths, page_table, sinks, options
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(
+    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over two disjoint sets of keys, from attention over each: Σ exp(lse_i) · out_i / Σ exp(lse_i).
+
+    A part whose lse is -inf adds nothing, whatever its output; where both are, zeros and -inf.
+
+    Args:
+      out_a, out_b: [..., D] float32, bfloat16 or float16, both of one dtype.
+      lse_a, lse_b: [...] float32, natural logarithms.
+
+    Returns:
+      out [..., D] of that dtype, lse [...] float32.
+
+    Raises:
+      ValueError: shapes or dtypes do not match.
+    """
+    checks.check_merge(out_a, lse_a, out_b, lse_b)
+    ops.check_devices(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return _merge(*map(jnp.asarray, (out_a, lse_a, out_b, lse_b)))
+
+
+_attention = functools.partial(jax.jit, static_argnums=6)(xla_attention.attention)
+_merge = jax.jit(xla_attention.merge)
+
+
+def _on_host(x):
+    """As a NumPy array, or None where its values cannot be seen without waiting for a device."""
+    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and any(d.platform != "cpu" for d in x.devices())):
+        return None
+    return None if x is None else np.asarray(x)
