@@ -110,7 +110,7 @@ def attention(
     positions = library.arange(size)
     used = used_positions(kv_lengths, query.shape[2], positions, options)
     if page_table is not None:
-        keys, values = _gathered(keys, values, page_table, used, xp)
+        keys, values = gathered(keys, values, page_table, used, xp)
     keys, values = (_blanked(packed, used[:, None], xp) for packed in (keys, values))
     visible = visible_positions(kv_lengths, library.arange(query.shape[2]), positions, options)
     logits, shift = _logits(query, keys, options, library)
@@ -162,14 +162,14 @@ def _total(total, peak, xp):
 
 
 def _attend(logits, vectors, visible, num_splits, library):
-    """`_attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
+    """`attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
     if num_splits == 1:
-        return _attend_part(logits, vectors, visible, library)
+        return attend_part(logits, vectors, visible, library)
     size = max(1, -(-logits.shape[-1] // num_splits))
 
     def part(start):
         at = slice(start, start + size)
-        return _attend_part(logits[..., at], vectors[:, :, at], visible[..., at], library)
+        return attend_part(logits[..., at], vectors[:, :, at], visible[..., at], library)
 
     out, lse = part(0)
     for start in range(size, logits.shape[-1], size):
@@ -177,7 +177,7 @@ def _attend(logits, vectors, visible, num_splits, library):
     return out, lse
 
 
-def _attend_part(logits, vectors, visible, library):
+def attend_part(logits, vectors, visible, library):
     """logits [B, H, T, S], vectors [B, K, S, D], visible [B, 1, 1 or T, S] -> out [B, H, T, D], lse [B, H, T]."""
     xp, (batch, heads, steps, size) = library.xp, logits.shape
     logits = xp.where(visible, logits, -math.inf)
@@ -226,7 +226,7 @@ def _blanked(packed, used, xp):
     return replace(packed, norms=xp.where(used, packed.norms, 0.0), center=center, residual=residual)
 
 
-def _gathered(keys, values, page_table, used, xp):
+def gathered(keys, values, page_table, used, xp):
     """Keys and values [B, K, M·page, D] of the pools; a used page that does not exist has keys of norm NaN."""
     (batch, pages), (pool, kv_heads, page) = page_table.shape, keys.codes.shape[:3]
     numbers = xp.clip(page_table, 0, pool - 1)
