@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
 
 import tqcore
-from tq_torch import attention_ops, eager, ops
+from tq_torch import attention_ops, compress_ops, eager, ops
 from tqcore import checks
 from tqcore.cache_config import CacheLibrary
 from tqcore.quantizer import PackedVectors
@@ -32,7 +33,7 @@ def load_file(path: str | PathLike) -> PackedVectors | KVCache | dict[str, Packe
     return _map(tqcore.load_file(path), _from_bits)
 
 
-def _map(held, function):
+def _map(held: Any, function: Any) -> Any:
     if isinstance(held, PackedVectors):
         return held.map(function)
     if isinstance(held, tqcore.KVCache):
@@ -75,9 +76,9 @@ KVCache.library = CacheLibrary(
     take=_take,
     keep=_keep,
     on_host=attention_ops._on_host,
-    append=lambda *args, **kwargs: ops.append(*args, **kwargs),
+    append=compress_ops.append,
     attention=attention_ops.attention,
     merge_attention=attention_ops.merge_attention,
-    decompress=ops.decompress,
+    decompress=compress_ops.decompress,
     key_center=ops.key_center,
 )

@@ -101,10 +101,10 @@ class KVCache:
         leading, frozen = (batch, kv_heads, size), None
         if page_size is not None:
             checks.check_pages(page_size, pages, page_table, batch, size)
-            columns = -(-size // page_size) if page_table is None else page_table.shape[1]
-            pages = batch * columns if pages is None else pages
+            columns = -(-size // page_size)
             if page_table is None:
                 page_table = cls.library.arange(batch * columns, zeros((), "int32")).reshape(batch, columns)
+            pages = batch * page_table.shape[1] if pages is None else pages
             leading, frozen = (pages, kv_heads, page_size), zeros((pages,), "bool")
         rows = 1 if page_size is not None else batch
         if calibrate:
@@ -492,7 +492,7 @@ KVCache.library = CacheLibrary(
     take=_take,
     keep=_keep,
     on_host=lambda x: x,
-    append=lambda *args, **kwargs: reference.append(*args, **kwargs),
+    append=reference.append,
     attention=reference_attention.attention,
     merge_attention=reference_attention.merge_attention,
     decompress=reference.decompress,

@@ -198,7 +198,8 @@ def _read_metadata(path: str | PathLike, metadata: Mapping[str, str]) -> tuple[d
         for name, (held, described) in caches.items():
             if not set(held) <= set(KVCache.ARRAYS):
                 raise TypeError
-            CacheConfig(*(quantizers[_array_name(name, part)] for part in CACHED), **described)
+            keys, values = (quantizers[_array_name(name, part)] for part in CACHED)
+            CacheConfig(keys, values, **described)
     except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must describe its caches in JSON, got {cached!r}.") from error
     return quantizers, named, caches

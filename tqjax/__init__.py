@@ -8,10 +8,9 @@ import jax
 from tqcore import Codebook, PackedVectors, Quantizer, __version__
 from tqjax.attention_ops import attention, merge_attention
 from tqjax.cache import KVCache, from_dlpack, load_file, save_file
+from tqjax.compress_ops import append, compress, decompress
 from tqjax.ops import (
     attention_scores,
-    compress,
-    decompress,
     fused_qk_scores,
     key_center,
     rotary_center,
@@ -29,6 +28,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "append",
     "attention",
     "attention_scores",
     "compress",

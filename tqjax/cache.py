@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import lax
 import tqcore
 from tqcore.cache_config import CacheLibrary
 from tqcore.quantizer import PackedVectors
-from tqjax import attention_ops, ops
+from tqjax import attention_ops, compress_ops, ops
 
 
 @functools.partial(
@@ -52,7 +53,7 @@ def load_file(path: str | PathLike) -> PackedVectors | KVCache | dict[str, Packe
     return _map(tqcore.load_file(path), _from_bits)
 
 
-def _map(held, function):
+def _map(held: Any, function: Any) -> Any:
     if isinstance(held, PackedVectors):
         return held.map(function)
     if isinstance(held, tqcore.KVCache):
@@ -95,9 +96,9 @@ KVCache.library = CacheLibrary(
     take=_take,
     keep=lambda old, new: new,
     on_host=attention_ops._on_host,
-    append=lambda *args, **kwargs: ops.append(*args, **kwargs),
+    append=compress_ops.append,
     attention=attention_ops.attention,
     merge_attention=attention_ops.merge_attention,
-    decompress=ops.decompress,
+    decompress=compress_ops.decompress,
     key_center=ops.key_center,
 )

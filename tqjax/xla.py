@@ -20,7 +20,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import code_bits, pack, unpack
+from tqcore.packing import code_bits, pack, slots, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
@@ -52,12 +52,26 @@ def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> Pa
     return PackedVectors(codes, norms, quantizer, None, residual)
 
 
-def decompress(packed: PackedVectors, dtype) -> jax.Array:
-    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
+def append(packed: PackedVectors, x, starts, page_table) -> tuple[jax.Array, jax.Array]:
+    """Codes and norms with x in its places; what has none goes past the first axis, and is dropped there."""
+    new = compress(x, packed.quantizer, packed.center)
+    batch, steps = (jnp.arange(x.shape[axis], dtype=jnp.int32) for axis in (0, 2))
+    row, slot, inside = slots(packed.codes, starts, batch[:, None], steps[None, :], page_table, jnp)
+    row = jnp.where(inside, row, packed.codes.shape[0])
+
+    def put(old, new):
+        return old.at[row, :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+    return put(packed.codes, new.codes), put(packed.norms, new.norms)
+
+
+def decompress(packed: PackedVectors, dtype, rotated) -> jax.Array:
+    turn = functools.partial(rotate, quantizer=packed.quantizer) if rotated else jnp.asarray
+    vectors = dequantize(packed) if rotated else _decode(packed.codes, packed.norms, packed.quantizer)
     if packed.residual is not None:
-        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
+        vectors = vectors + turn(_decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer))
     if packed.center is not None:
-        vectors = vectors + packed.center
+        vectors = vectors + turn(packed.center)
     return vectors.astype(dtype)
 
 
