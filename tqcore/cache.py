@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tqcore import checks, reference, reference_attention, softmax
+from tqcore import cache_attention, cache_checks, checks, reference, reference_attention, softmax
 from tqcore.cache_config import CacheConfig, CacheLibrary
 from tqcore.quantizer import PackedVectors, Quantizer
 
@@ -93,14 +93,14 @@ class KVCache:
           ValueError: an argument out of its range.
         """
         values, dtype = values or keys, checks.dtype_name(dtype)
-        checks.check_cache_shape(batch, kv_heads, capacity, keys, values, dtype, window, block, first)
+        cache_checks.check_cache_shape(batch, kv_heads, capacity, keys, values, dtype, window, block, first)
         calibrate = center is True
         config = CacheConfig(keys, values, dtype, window, block if window else 1, first, calibrate)
         zeros = partial(cls.library.zeros, device=device)
         size = max(0, capacity - first - window)
         leading, frozen = (batch, kv_heads, size), None
         if page_size is not None:
-            checks.check_pages(page_size, pages, page_table, batch, size)
+            cache_checks.check_pages(page_size, pages, page_table, batch, size)
             columns = -(-size // page_size)
             if page_table is None:
                 page_table = cls.library.arange(batch * columns, zeros((), "int32")).reshape(batch, columns)
@@ -110,7 +110,7 @@ class KVCache:
         if calibrate:
             center = zeros((rows, kv_heads, 1, keys.head_dim), "float32")
         elif center is not None:
-            checks.check_cache_center(center, rows, kv_heads, keys.head_dim)
+            cache_checks.check_cache_center(center, rows, kv_heads, keys.head_dim)
 
         def packed(quantizer, center):
             codes, norms = zeros((*leading, quantizer.packed_dim), "uint8"), zeros(leading, "float32")
@@ -157,24 +157,25 @@ class KVCache:
         mapped = cache.map(function)
         return cls(**{name: getattr(mapped, name) for name in ("keys", "values", *cls.ARRAYS, "config")})
 
-    def append(self, key: Any, value: Any) -> "KVCache":
-        """Puts T positions after those of each sequence.
+    def append(self, key: Any, value: Any, counts: Any = None) -> "KVCache":
+        """Puts T positions after those of each sequence, or the first `counts` of them.
 
         Args:
           key, value: [B, K, T, D] of the cache's dtype.
+          counts: [B] int32, 0 to T; None means T.
 
         Raises:
           ValueError: shape or dtype do not fit; and where lengths can be seen (on a CPU, outside of compilation) the
             cache is full or a page is frozen. The cache is then as it was. Elsewhere such a sequence is lost: what does
             not fit is not written, and its attention is NaN until it is cropped.
         """
-        checks.check_cache_append(key, value, self)
-        steps = key.shape[2]
-        if steps == 0:
+        cache_checks.check_cache_append(key, value, counts, self)
+        if key.shape[2] == 0:
             return self
-        blocked = self._blocked(steps)
-        self._check_room(steps, blocked)
-        return self._written(key, value, steps, blocked)
+        counts = self.library.xp.full_like(self.lengths, key.shape[2]) if counts is None else counts
+        blocked = self._blocked(counts)
+        self._check_room(counts, blocked)
+        return self._written(key, value, counts, blocked)
 
     def attend(
         self,
@@ -218,9 +219,9 @@ class KVCache:
                 f"got {local_window_size}, window={config.window}."
             )
         call = partial(call, kv_lengths=self.packed_lengths, return_lse=True)
-        packed = self._attend_packed(query, is_causal, call)
+        packed = cache_attention.attend_packed(self, query, is_causal, call)
         options = softmax.options(query, scale, is_causal, local_window_size, logits_soft_cap, None)
-        out, lse = lib.merge_attention(*packed, *self._attend_dense(query, options))
+        out, lse = lib.merge_attention(*packed, *cache_attention.attend_dense(self, query, options))
         return (out, lse) if return_lse else out
 
     def crop(self, lengths: Any) -> "KVCache":
@@ -229,7 +230,7 @@ class KVCache:
         Args:
           lengths: an integer of at least 0, or [B] int32. Sequences that are not longer stay as they are.
         """
-        checks.check_crop(lengths, self.batch)
+        cache_checks.check_crop(lengths, self.batch)
         xp, first = self.library.xp, self.config.first
         if isinstance(lengths, int | np.integer):
             lengths = xp.full_like(self.lengths, int(lengths))
@@ -282,7 +283,7 @@ class KVCache:
         if self.page_table is not None:
             used = positions[: self.capacity - config.first - config.window] < self.packed_lengths[:, None]
             keys, values = softmax.gathered(keys, values, self.page_table, used, xp)
-        near = self._is_dense(positions)
+        near = self.is_dense(positions)
         slot = xp.where(positions < config.first, positions, self._slot(positions))
 
         def whole(packed, dense):
@@ -319,40 +320,40 @@ class KVCache:
             setattr(self, name, new)
         return self
 
-    def _next_packed(self, steps):
-        """[B] `packed_lengths` once `steps` positions are appended."""
+    def _next_packed(self, counts):
+        """[B] `packed_lengths` once `counts` positions are appended."""
         config, xp = self.config, self.library.xp
-        over = self.lengths + steps - config.first - self.packed_lengths - config.window
+        over = self.lengths + counts - config.first - self.packed_lengths - config.window
         return self.packed_lengths + xp.clip(over, 0, None) // config.block * config.block
 
-    def _blocked(self, steps):
+    def _blocked(self, counts):
         """[B] whether a page to be written is frozen, or None where none can be."""
         if self.frozen is None:
             return None
-        touched, numbers = self._touched(steps)
+        touched, numbers = self._touched(counts)
         return (self.frozen[numbers] & touched).any(-1)
 
-    def _touched(self, steps):
-        """[B, M] the pages that `steps` more positions write, and their numbers, any for those out of range."""
+    def _touched(self, counts):
+        """[B, M] the pages that `counts` more positions write, and their numbers, any for those out of range."""
         xp, page = self.library.xp, self.keys.codes.shape[2]
         begin = self.library.arange(self.page_table.shape[1], self.page_table) * page
-        end = self._next_packed(steps)
+        end = self._next_packed(counts)
         touched = (begin < end[:, None]) & (begin + page > self.packed_lengths[:, None])
         return touched & (end > self.packed_lengths)[:, None], xp.clip(self.page_table, 0, self.frozen.shape[0] - 1)
 
-    def _check_room(self, steps, blocked):
-        lengths = self.library.on_host(self.lengths)
-        if lengths is not None:
-            checks.check_room(lengths, steps, self.capacity)
+    def _check_room(self, counts, blocked):
+        lengths, counts = self.library.on_host(self.lengths), self.library.on_host(counts)
+        if lengths is not None and counts is not None:
+            cache_checks.check_room(lengths, counts, self.capacity)
         blocked = None if blocked is None else self.library.on_host(blocked)
         if blocked is not None:
-            checks.check_thawed(blocked)
+            cache_checks.check_thawed(blocked)
 
-    def _written(self, key, value, steps, blocked):
-        config, lib, xp = self.config, self.library, self.library.xp
-        ends, table = self._next_packed(steps), self.page_table
+    def _written(self, key, value, counts, blocked):
+        config, lib, xp, steps = self.config, self.library, self.library.xp, key.shape[2]
+        ends, table = self._next_packed(counts), self.page_table
         if blocked is not None:
-            touched, _ = self._touched(steps)
+            touched, _ = self._touched(counts)
             table = xp.where(touched & ~blocked[:, None], table, xp.full_like(table, -1))
         parts = []
         if config.ring:
@@ -369,26 +370,28 @@ class KVCache:
                 vectors = lib.append(vectors, source(new, old), starts, page_table=table)
             return vectors
 
-        centered = replace(self.keys, center=self._center(key))
+        centered = replace(self.keys, center=self._center(key, counts))
         keys = packed(centered, key, self.dense_keys)
         values = packed(self.values, value, self.dense_values)
-        lengths = self.lengths + steps
+        lengths = self.lengths + counts
         if blocked is not None:
             lengths, ends = (xp.where(blocked, xp.full_like(x, LOST), x) for x in (lengths, ends))
         dense = {}
         if config.slots:
             dense = {
-                "dense_keys": self._shifted(key, self.dense_keys),
-                "dense_values": self._shifted(value, self.dense_values),
+                "dense_keys": self._shifted(key, counts, self.dense_keys),
+                "dense_values": self._shifted(value, counts, self.dense_values),
             }
         return self._with(keys=keys, values=values, lengths=lengths, packed_lengths=ends, **dense)
 
-    def _center(self, key):
+    def _center(self, key, counts):
         """The center of keys: for a sequence that was empty, the mean of what is appended."""
-        center, xp = self.keys.center, self.library.xp
-        if not self.config.calibrate or key.shape[2] < 2:
+        center, xp, steps = self.keys.center, self.library.xp, key.shape[2]
+        if not self.config.calibrate or steps < 2:
             return center
-        mean = self.library.key_center(key)
+        given = (self.library.arange(steps, counts) < counts[:, None])[:, None, :, None]
+        mean = self.library.key_center(xp.where(given, key, xp.zeros_like(key)))
+        mean = mean * self.library.cast(steps / xp.clip(counts, 1, None), mean)[:, None, None, None]
         if self.page_table is None:
             return xp.where((self.lengths == 0)[:, None, None, None], mean, center)
         mean = mean.sum(0)[None] * float(np.float32(1 / self.batch))
@@ -398,71 +401,27 @@ class KVCache:
         """Where in the dense buffer a position after the first ones lies, while it is recent."""
         return self.config.first + (positions - self.config.first) % max(1, self.config.ring)
 
-    def _slot_positions(self, lengths):
+    def slot_positions(self, lengths):
         """[B, slots] the position that each slot holds or is to hold; -1 for none."""
         first, ring = self.config.first, max(1, self.config.ring)
         slots, last = self.library.arange(self.config.slots, lengths), lengths[:, None] - 1
         recent = last - (last - slots) % ring
         return self.library.xp.where(slots < first, slots, self.library.xp.where(recent < first, -1, recent))
 
-    def _is_dense(self, positions):
+    def is_dense(self, positions):
         """[B, ...] which of `positions` are read from their slots."""
         first = self.config.first
         recent = positions >= first + self.packed_lengths[:, None]
         held = (positions >= 0) & (positions < self.lengths[:, None])
         return held & ((positions < first) | recent)
 
-    def _shifted(self, new, old):
-        """The dense buffer once `new` [B, K, T, D] are appended."""
+    def _shifted(self, new, counts, old):
+        """The dense buffer once the first `counts` of `new` [B, K, T, D] are appended."""
         xp, steps, lengths = self.library.xp, new.shape[2], self.lengths[:, None]
-        positions = self._slot_positions(self.lengths + steps)
-        fresh = (positions >= lengths) & (positions < lengths + steps)
+        positions = self.slot_positions(self.lengths + counts)
+        fresh = (positions >= lengths) & (positions < lengths + counts[:, None])
         source = xp.clip(positions - lengths, 0, steps - 1)
         return xp.where(fresh[:, None, :, None], self.library.take(new, source), old)
-
-    def _attend_packed(self, query, is_causal, call):
-        """Attention over packed positions. Of a query behind all of them, `attention` cannot know how far behind.
-
-        With d dense recent positions, query t stands where query t + d of the last T packed positions does, and from
-        t + d = T - 1 on sees them all.
-        """
-        xp, steps, ring = self.library.xp, query.shape[2], self.config.ring
-        if not is_causal or steps == 1 or not ring:
-            return call(query, is_causal=is_causal and not ring)
-        steps_at = self.library.arange(steps, self.lengths)
-        behind = xp.clip(self.lengths - self.config.first - self.packed_lengths, 0, None)[:, None]
-        among = call(self.library.take(query, xp.clip(steps_at - behind, 0, None)), is_causal=True)
-        last = min(steps, ring)
-        beyond = call(query[:, :, steps - last :], is_causal=False)
-        is_among = steps_at + behind < steps
-        index = xp.clip(steps_at + behind, None, steps - 1)
-        rest = xp.clip(steps_at - (steps - last), 0, None) + 0 * behind
-
-        def choose(a, b):
-            a, b = (x if x.ndim == 4 else x[..., None] for x in (a, b))
-            return xp.where(is_among[:, None, :, None], self.library.take(a, index), self.library.take(b, rest))
-
-        return choose(among[0], beyond[0]), choose(among[1], beyond[1])[..., 0]
-
-    def _attend_dense(self, query, options):
-        """Attention over dense positions, of the query's dtype, and its log-sum-exp."""
-        lib, (batch, heads, steps, head_dim) = self.library, query.shape
-        positions = self._slot_positions(self.lengths)
-        at = self.lengths[:, None] - steps + lib.arange(steps, self.lengths)
-        visible = self._is_dense(positions)[:, None]
-        if options.is_causal:
-            visible = visible & (positions[:, None] <= at[..., None])
-        if options.window is not None:
-            left, right = options.window
-            away = positions[:, None] - at[..., None]
-            visible = visible & (away >= -left) & (away <= right)
-        keys, values = lib.wide(self.dense_keys), lib.wide(self.dense_values)
-        rows = lib.wide(query).reshape(batch, self.kv_heads, -1, head_dim)
-        logits = (lib.matmul(rows, keys.swapaxes(-1, -2)) * options.scale).reshape(batch, heads, steps, -1)
-        if options.soft_cap is not None:
-            logits = lib.xp.tanh(logits / options.soft_cap) * options.soft_cap
-        out, lse = softmax.attend_part(logits, values, visible[:, None], lib)
-        return lib.cast(out, query), lib.cast(lse, self.keys.norms)
 
 
 def from_dlpack(packed: PackedVectors | KVCache) -> PackedVectors | KVCache:

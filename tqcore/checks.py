@@ -136,9 +136,9 @@ def check_append(packed, x, starts, page_table) -> None:
         raise ValueError(f"`x` and `packed` must have one number of heads, got {kv_heads} and {held}.")
     if page_table is None and batch != sequences:
         raise ValueError(f"`x` and `packed` must have one batch size, got {batch} and {sequences}.")
-    _check_axes("starts", starts, "[B]", "int32", "batch size of `x`", batch)
+    check_axes("starts", starts, "[B]", "int32", "batch size of `x`", batch)
     if page_table is not None:
-        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `x`", batch)
+        check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `x`", batch)
     if packed.center is not None:
         axes = (1,) * (4 - len(packed.center.shape)) + tuple(packed.center.shape)
         if axes[2] != 1 or (page_table is not None and axes[0] != 1):
@@ -178,7 +178,7 @@ def check_rotated(x: Any, quantizer: Any) -> None:
 def check_packed(name: str, packed: Any) -> None:
     if not all(hasattr(packed, field) for field in ("codes", "norms", "quantizer", "center", "residual")):
         raise ValueError(f"`{name}` must be PackedVectors, got an object of type {type(packed).__name__}.")
-    _check_quantizer(f"{name}.quantizer", packed.quantizer)
+    check_quantizer(f"{name}.quantizer", packed.quantizer)
     check_array(f"{name}.codes", packed.codes, "[..., S, P]", ("uint8",))
     check_array(f"{name}.norms", packed.norms, "[..., S]", ("float32",))
     head_dim, bits = packed.quantizer.head_dim, packed.quantizer.code_bits
@@ -266,13 +266,13 @@ def check_attention(query, keys, values, kv_lengths, page_table, sinks) -> None:
     if page_table is None and batch != sequences:
         raise ValueError(f"`query` and `keys` must have one batch size, got {batch} and {sequences}.")
     if page_table is not None:
-        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `query`", batch)
+        check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `query`", batch)
         if 0 in (sequences, page):
             raise ValueError(f"`keys` must hold at least one page and position, got shape {list(keys.shape)}.")
     if kv_lengths is not None:
-        _check_axes("kv_lengths", kv_lengths, "[B]", "int32", "batch size of `query`", batch)
+        check_axes("kv_lengths", kv_lengths, "[B]", "int32", "batch size of `query`", batch)
     if sinks is not None:
-        _check_axes("sinks", sinks, "[H]", "float32", "heads of `query`", heads)
+        check_axes("sinks", sinks, "[H]", "float32", "heads of `query`", heads)
 
 
 def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap, num_splits) -> None:
@@ -281,7 +281,7 @@ def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap
         check_scale(scale)
     check_flag("is_causal", is_causal)
     window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
-    if local_window_size is not None and not (len(window) == 2 and all(_is_count(x) for x in window)):
+    if local_window_size is not None and not (len(window) == 2 and all(is_count(x) for x in window)):
         raise ValueError(
             "`local_window_size` must be None, an integer of at least 0 or a pair (left, right) of them, "
             f"got {local_window_size!r}."
@@ -289,7 +289,7 @@ def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap
     cap = logits_soft_cap
     if cap is not None and not (isinstance(cap, int | float | np.number) and 0 < cap <= FLOAT32_MAX):
         raise ValueError(f"`logits_soft_cap` must be None or a positive number within float32, got {cap!r}.")
-    if num_splits is not None and not (_is_count(num_splits) and num_splits > 0):
+    if num_splits is not None and not (is_count(num_splits) and num_splits > 0):
         raise ValueError(f"`num_splits` must be None or an integer of at least 1, got {num_splits!r}.")
 
 
@@ -325,123 +325,16 @@ def check_merge(out_a, lse_a, out_b, lse_b) -> None:
             )
 
 
-def check_cache_shape(batch, kv_heads, capacity, keys, values, dtype, window, block, first) -> None:
-    """The arguments of `KVCache.zeros` that are no arrays, but for pages."""
-    for name, size, least in (
-        ("batch", batch, 1), ("kv_heads", kv_heads, 1), ("capacity", capacity, 1), ("window", window, 0),
-        ("block", block, 1), ("first", first, 0),
-    ):  # fmt: skip
-        if not _is_count(size) or size < least:
-            raise ValueError(f"`{name}` must be an integer of at least {least}, got {size!r}.")
-    for name, quantizer in (("keys", keys), ("values", values)):
-        _check_quantizer(name, quantizer)
-        if quantizer.qjl or quantizer.head_dim != keys.head_dim:
-            raise ValueError(
-                "`keys` and `values` must be quantizers of one head_dim, without qjl, "
-                f"got {name} of head_dim={quantizer.head_dim}, qjl={quantizer.qjl}, and keys of {keys.head_dim}."
-            )
-    check_dtype(dtype)
-    if first + window > capacity:
-        raise ValueError(
-            f"`first` and `window` must fit into `capacity`, got first={first}, window={window}, capacity={capacity}."
-        )
-
-
-def check_pages(page_size, pages, page_table, batch: int, positions: int) -> None:
-    if not _is_count(page_size) or not 16 <= page_size <= 256:
-        raise ValueError(f"`page_size` must be None or an integer from 16 to 256, got {page_size!r}.")
-    if pages is not None and not (_is_count(pages) and pages > 0):
-        raise ValueError(f"`pages` must be None or an integer of at least 1, got {pages!r}.")
-    if page_table is not None:
-        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size", batch)
-        if page_table.shape[1] * page_size < positions:
-            raise ValueError(
-                f"`page_table` must have pages for {positions} packed positions, "
-                f"got shape {list(page_table.shape)}, page_size={page_size}."
-            )
-
-
-def check_cache_center(center, rows: int, kv_heads: int, head_dim: int) -> None:
-    check_array("center", center, "[B, K, 1, D]", ("float32",))
-    shape = tuple(center.shape)
-    if shape[0] not in (1, rows) or shape[1:] != (kv_heads, 1, head_dim):
-        raise ValueError(
-            f"`center` must be an array [1 or {rows}, {kv_heads}, 1, {head_dim}], True or None, got {list(shape)}."
-        )
-
-
-def check_cache_append(key: Any, value: Any, cache: Any) -> None:
-    """Shapes and dtypes of what is put into a cache."""
-    wanted = (cache.batch, cache.kv_heads, cache.config.keys.head_dim)
-    for name, x in (("key", key), ("value", value)):
-        check_array(name, x, "[B, K, T, D]", FLOATS)
-        shape = tuple(x.shape)
-        if (*shape[:2], shape[3]) != wanted or shape[2] != key.shape[2]:
-            raise ValueError(
-                "`key` and `value` must be arrays [B, K, T, D] with the cache's B, K and D and one T, "
-                f"got {name} of shape {list(shape)} for B={wanted[0]}, K={wanted[1]}, D={wanted[2]}."
-            )
-        if dtype_name(x.dtype) != cache.config.dtype:
-            raise ValueError(f"`{name}` must be of the cache's dtype {cache.config.dtype}, got {dtype_name(x.dtype)}.")
-
-
-def check_room(lengths: NDArray[np.int32], steps: int, capacity: int) -> None:
-    """What can be seen of the lengths of a cache only once they are concrete."""
-    if np.any(lengths + steps > capacity):
-        raise ValueError(
-            f"the cache must have room for {steps} more positions, "
-            f"got lengths {lengths.tolist()} of a capacity of {capacity}."
-        )
-
-
-def check_thawed(blocked: NDArray[np.bool_]) -> None:
-    """Whether no sequence is to write a frozen page, once that is concrete."""
-    if np.any(blocked):
-        raise ValueError(
-            f"pages to be written must not be frozen, got frozen ones of sequences {np.flatnonzero(blocked)}."
-        )
-
-
-def check_crop(lengths: Any, batch: int) -> None:
-    if _is_count(lengths):
-        return
-    if not hasattr(lengths, "shape"):
-        raise ValueError(f"`lengths` must be an integer of at least 0 or an array [B] of int32, got {lengths!r}.")
-    _check_axes("lengths", lengths, "[B]", "int32", "batch size", batch)
-
-
-def check_cache(name: str, cache: Any) -> None:
-    """Whether the arrays of a cache fit each other and its configuration."""
-    config, table = cache.config, cache.page_table
-    for part in ("keys", "values"):
-        check_packed(f"{name}.{part}", getattr(cache, part))
-        check_array(f"{name}.{part}.codes", getattr(cache, part).codes, "[B, K, S, P]", ("uint8",))
-    for part in ("lengths", "packed_lengths"):
-        check_array(f"{name}.{part}", getattr(cache, part), "[B]", ("int32",))
-    batch, (rows, kv_heads, _, head_dim) = cache.lengths.shape[0], cache.keys.shape
-    slots = (batch, kv_heads, config.slots, head_dim) if config.slots else None
-    shapes = {part: tuple(x.shape) for part, x in cache.arrays().items()}
-    wanted = {"packed_lengths": (batch,), "dense_keys": slots, "dense_values": slots}
-    wanted |= {"frozen": None if table is None else (rows,)}
-    wrong = [part for part, shape in wanted.items() if shapes.get(part) != shape]
-    if tuple(cache.keys.shape) != tuple(cache.values.shape) or (table is None and rows != batch):
-        wrong.append("keys")
-    if table is not None and (len(table.shape) != 2 or table.shape[0] != batch):
-        wrong.append("page_table")
-    if wrong:
-        raise ValueError(f"the arrays of `{name}` must fit each other and {config}, got {wrong[0]} that does not.")
-
-
 def check_flag(name: str, flag: Any) -> None:
     if not isinstance(flag, bool):
         raise ValueError(f"`{name}` must be True or False, got {flag!r}.")
 
 
-def _is_count(x: Any) -> bool:
+def is_count(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) >= 0
 
 
-def _check_axes(name: str, array: Any, axes: str, dtype: str, what: str, size: int) -> None:
+def check_axes(name: str, array: Any, axes: str, dtype: str, what: str, size: int) -> None:
     """Rank and dtype, and a first axis of `size`."""
     check_array(name, array, axes, (dtype,))
     if array.shape[0] != size:
@@ -459,7 +352,7 @@ def _check_query_width(query: Any, keys: Any) -> None:
 def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
     """Floats whose last axis is the quantizer's head_dim."""
     check_array(name, x, axes, FLOATS)
-    _check_quantizer("quantizer", quantizer)
+    check_quantizer("quantizer", quantizer)
     if not x.shape or x.shape[-1] != quantizer.head_dim:
         raise ValueError(
             f"the last axis of `{name}` must be the quantizer's head_dim, "
@@ -467,7 +360,7 @@ def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
         )
 
 
-def _check_quantizer(name: str, quantizer: Any) -> None:
+def check_quantizer(name: str, quantizer: Any) -> None:
     if not hasattr(quantizer, "head_dim"):
         raise ValueError(f"`{name}` must be a Quantizer, got an object of type {type(quantizer).__name__}.")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tqcore import checks
+from tqcore import cache_checks, checks
 from tqcore.cache import KVCache
 from tqcore.cache_config import CacheConfig
 from tqcore.packing import pack, unpack
@@ -44,7 +44,7 @@ def save_file(packed: PackedVectors | KVCache | Mapping[str, PackedVectors | KVC
         if not isinstance(held, KVCache):
             vectors[name] = held
             continue
-        checks.check_cache(name or "cache", held)
+        cache_checks.check_cache(name or "cache", held)
         vectors |= {_array_name(name, part): getattr(held, part) for part in CACHED}
         arrays |= {_array_name(name, part): _bits(x) for part, x in held.arrays().items()}
         caches[name] = {"arrays": sorted(held.arrays()), **_fields(held.config)}
@@ -153,7 +153,7 @@ def _cache(name: str, arrays: Mapping[str, np.ndarray], described: Mapping[str, 
     config = CacheConfig(keys.quantizer, values.quantizer, **described)
     absent = dict.fromkeys(KVCache.ARRAYS)
     cache = KVCache(keys, values, config=config, **(absent | dict(arrays)))
-    checks.check_cache(name or "cache", cache)
+    cache_checks.check_cache(name or "cache", cache)
     return cache
 
 
