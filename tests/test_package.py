@@ -37,7 +37,7 @@ HOMES = {
     "matplotlib": {"tqcore/report.py"},
     "rich": {"tqcore/report.py"},
     "safetensors": {"tqcore/file.py"},
-    "transformers": {"tq_torch/capture.py"},
+    "transformers": {"tq_torch/capture.py", "tq_torch/transformers.py"},
     "triton": {
         "tqcore/kernels/__init__.py",
         "tqcore/kernels/scores.py",
