@@ -1,0 +1,478 @@
+"""Attention over packed keys and values, in Gluon for Hopper: both are multiplied as int8, neither is ever decompressed.
+
+    x[r, s] = log2(e) · scale · ⟨q[r], k̂[s]⟩,  p = 2^(x - m[r]),  out[r] = Σ_s p[r, s] · norm_v[s] · level_v[s],  l = Σ_s p
+
+A program takes one part of the positions of one key head: it reads D + 8 bytes a position, once for eight rows, and
+writes out, m and l, which `tqcore.kernels.attention.merge_kernel` joins. Scores are those of `gluon_scores`, before
+their last rounding. Weights p · norm_v are written, block by block and row by row, as 15-bit integers times the
+block's largest over 32512, and those as two int8 planes: an error of 2^-16 of the block's largest weight. Of its one
+warp, lane 4·g + t holds, of each sixteen positions,
+
+    keys     two, a quarter of the bytes each, as in `gluon_scores`
+    scores   row g of eight against positions 4·t to 4·t + 3: as planes, the left operand of m16n8k32
+    values   positions 4·t to 4·t + 3, an eighth of the bytes each: 4 × 4 bytes transposed and looked up are four
+             positions of one coordinate a register, the right operand
+
+so that every change of layout in the loop is a renaming of registers (`assert_trivial`).
+
+Source: Dao, FlashAttention-2, arXiv:2307.08691; Flash-Decoding for the parts; docs/format.md for the scores.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from tqcore import fixed_point
+from tqcore.kernels.gluon_scores import (
+    NOT_FINITE,
+    _bits,
+    _codes_layout,
+    _finite,
+    _fixed_point,
+    _key_operand,
+    _levels,
+    _query_layout,
+    _query_operands,
+    _stage_layout,
+    _sums,
+)
+from tqcore.kernels.scores import LOOKUP as LOOKUP_APART
+from tqcore.kernels.scores import LOOKUP_CONSTRAINTS as LOOKUP_APART_CONSTRAINTS
+
+ROUNDER = gl.constexpr(fixed_point.ROUNDER)
+LOG2E = gl.constexpr(1.4426950408889634)
+LOWEST = gl.constexpr(-3.0e38)  # below any score
+LARGEST_WEIGHT = gl.constexpr(32512.0)  # 127·256
+LEAST_WEIGHT = gl.constexpr(1e-30)  # of a block, so that it can be divided by
+
+# Byte j of register i to byte i of register j.
+TRANSPOSE = gl.constexpr("""{
+.reg .b32 a, b, c, d;
+prmt.b32 a, $4, $5, 0x5140;
+prmt.b32 b, $6, $7, 0x5140;
+prmt.b32 c, $4, $5, 0x7362;
+prmt.b32 d, $6, $7, 0x7362;
+prmt.b32 $0, a, b, 0x5410;
+prmt.b32 $1, a, b, 0x7632;
+prmt.b32 $2, c, d, 0x5410;
+prmt.b32 $3, c, d, 0x7632;
+}""")
+# Of four integers u + 128 in the low two bytes of $2 to $5, the high bytes to $0 and the low ones less 128 to $1.
+PLANES = gl.constexpr("""{
+.reg .b32 a, b;
+prmt.b32 a, $2, $3, 0x5140;
+prmt.b32 b, $4, $5, 0x5140;
+prmt.b32 $0, a, b, 0x7632;
+prmt.b32 a, a, b, 0x5410;
+xor.b32 $1, a, 0x80808080;
+}""")
+
+
+@gluon.constexpr_function
+def _values_layout(BLOCK_S, BLOCK_P):
+    """[BLOCK_S, BLOCK_P]: lane t has positions 4·t to 4·t + 3 of sixteen, lane g an eighth of the bytes."""
+    registers = [[0, 1], [0, 2], [1, 0], [2, 0]]
+    registers += [[0, x] for x in _bits(4, BLOCK_P // 8)] + [[x, 0] for x in _bits(16, BLOCK_S)]
+    lanes = [[4, 0], [8, 0], [0, BLOCK_P // 8], [0, BLOCK_P // 4], [0, BLOCK_P // 2]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [BLOCK_S, BLOCK_P])
+
+
+@gluon.constexpr_function
+def _values_stage_layout(BLOCK_P):
+    """[BLOCK_S, BLOCK_P] in shared memory, so that few lanes of a phase read one bank."""
+    return gl.SwizzledSharedLayout(16, 2, BLOCK_P // 16, [1, 0])
+
+
+@gluon.constexpr_function
+def _columns_layout(BLOCK_R, BLOCK_D):
+    """[BLOCK_R, BLOCK_D]: lane t holds coordinates t, t + 4, …, lane g rows g, g + 8, …"""
+    registers = [[0, x] for x in _bits(4, BLOCK_D)] + [[x, 0] for x in _bits(8, BLOCK_R)]
+    return gl.DistributedLinearLayout(registers, [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [], [], [BLOCK_R, BLOCK_D])
+
+
+@gluon.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@gluon.constexpr_function
+def _inverse_sqrt(D):
+    return D**-0.5
+
+
+@gluon.jit
+def _butterfly(x, WIDTH: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Sums and differences of coordinates that stand WIDTH apart."""
+    pairs = x.reshape([BLOCK_R, BLOCK_D // (2 * WIDTH), 2, WIDTH]).permute([0, 1, 3, 2])
+    a, b = gl.split(pairs)
+    return gl.join(a + b, a - b).permute([0, 1, 3, 2]).reshape([BLOCK_R, BLOCK_D])
+
+
+@gluon.jit
+def _rotated(q, signs_ptr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr):
+    """H · (signs ⊙ q) / √D of each row, in the order of `tqcore.rotation.hadamard`."""
+    L: gl.constexpr = _query_layout(BLOCK_R, BLOCK_D)
+    LC: gl.constexpr = _columns_layout(BLOCK_R, BLOCK_D)
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, L))
+    x = q * gl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
+    for i in gl.static_range(_log2(D)):
+        if 2 ** (i + 2) == BLOCK_D:  # the next two widths lie on lanes
+            x = gl.convert_layout(x, LC)
+        x = _butterfly(x, 2**i, BLOCK_R, BLOCK_D)
+    return gl.convert_layout(x, L) * _inverse_sqrt(D)
+
+
+@gluon.jit
+def _query(
+    q_ptr, signs_ptr, table_ptr, head, first_row, scale, R,
+    D: gl.constexpr, ROTATE: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Two left operands of BLOCK_R rows as in `gluon_scores`, and scale · step · 2^e of each row."""
+    L: gl.constexpr = _query_layout(BLOCK_R, 2 * BLOCK_P)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    row = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, L))
+    d = gl.arange(0, 2 * BLOCK_P, layout=gl.SliceLayout(0, L))
+    live = (row[:, None] < R) & (d[None, :] < D)
+    q = gl.load(q_ptr + (head * R + row[:, None]) * D + d[None, :], mask=live, other=0.0).to(gl.float32)
+    if ROTATE:
+        q = _rotated(q, signs_ptr, D, BLOCK_R, 2 * BLOCK_P)
+    n, e = _fixed_point(q)
+    first, second = _query_operands(n, BLOCK_R, BLOCK_P, gl.DotOperandLayout(0, mma, 4))
+    power = gl.where(e == NOT_FINITE, float("nan"), ((e + 127) << 23).to(gl.float32, bitcast=True))
+    factor = power * (gl.load(table_ptr + 4).to(gl.float32, bitcast=True) * scale)
+    sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
+    return first, second, gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout))
+
+
+@gluon.jit
+def _scores(
+    codes, norm, words, q_first, q_second, factor, SOFT_CAP: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Logits [BLOCK_R, BLOCK_S] of a block of keys, times log2(e)."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    L: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
+    first, second = _levels(codes, words[0], words[1], words[2], words[3])
+    acc = gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma)
+    acc = mma_v2(q_first, _key_operand(first, BLOCK_S, BLOCK_P, L), acc)
+    acc = mma_v2(q_second, _key_operand(second, BLOCK_S, BLOCK_P, L), acc)
+    hi, lo = _sums(acc, BLOCK_R, BLOCK_S)
+    x = (hi * 128 + lo).to(gl.float32) * (_finite(norm)[None, :] * factor[:, None])
+    if SOFT_CAP > 0:
+        x = SOFT_CAP * LOG2E - 2 * SOFT_CAP * LOG2E / (1.0 + gl.exp2(x * (2 * LOG2E / SOFT_CAP)))
+    return x
+
+
+@gluon.jit
+def _largest(a, b):
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def _weights(p, norm, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr):
+    """p · norm as a left operand [2·BLOCK_R, BLOCK_S] of planes, 256·hi + lo, and the unit of each row's integers."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    weights = p * _finite(norm)[None, :]
+    largest = _largest(gl.reduce(weights, 1, _largest), LEAST_WEIGHT)
+    n = (weights * (LARGEST_WEIGHT / largest)[:, None] + (ROUNDER + 128.0)).to(gl.int32, bitcast=True)
+    hi, lo = gl.inline_asm_elementwise(
+        PLANES, "=&r,=r,r,r,r,r", [n], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+    )  # fmt: skip
+    planes = gl.join(hi, lo).reshape([BLOCK_R // 8, 8, BLOCK_S, 2]).permute([0, 3, 1, 2])
+    planes = planes.reshape([2 * BLOCK_R, BLOCK_S])
+    planes = gl.convert_layout(planes, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
+    return planes, largest * (1.0 / LARGEST_WEIGHT)
+
+
+@gluon.jit
+def _value_levels(codes, words):
+    """Levels of the high and of the low nibbles of `codes`, element (4a + i, 4b + j) that of byte (4a + j, 4b + i)."""
+    codes = gl.inline_asm_elementwise(
+        TRANSPOSE, "=&r,=&r,=&r,=r,r,r,r,r", [codes], dtype=gl.uint8, is_pure=True, pack=16
+    )
+    return gl.inline_asm_elementwise(
+        LOOKUP_APART, LOOKUP_APART_CONSTRAINTS, [codes, words[0], words[1], words[2], words[3]],
+        dtype=(gl.int8, gl.int8), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _value_sums(planes, levels, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Σ_s n[r, s] · level[s, byte] as float32 [BLOCK_R, BLOCK_P], byte 8·i + g being g·BLOCK_P/8 + i of a position."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    levels = levels.reshape([BLOCK_S // 4, 4, BLOCK_P // 4, 4]).permute([0, 3, 2, 1])
+    levels = levels.reshape([BLOCK_S, 8, BLOCK_P // 8]).permute([0, 2, 1]).reshape([BLOCK_S, BLOCK_P])
+    levels = gl.convert_layout(levels, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
+    return _row_sums(mma_v2(planes, levels, gl.zeros([2 * BLOCK_R, BLOCK_P], gl.int32, mma)), BLOCK_R, BLOCK_P)
+
+
+@gluon.jit
+def _row_sums(acc, BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Accumulators [2·BLOCK_R, BLOCK_P] of planes as 256·hi + lo [BLOCK_R, BLOCK_P]."""
+    hi, lo = gl.split(acc.reshape([BLOCK_R // 8, 2, 8, BLOCK_P]).permute([0, 2, 3, 1]))
+    return (hi * 256 + lo).reshape([BLOCK_R, BLOCK_P]).to(gl.float32)
+
+
+@gluon.jit
+def _page(pages_ptr, position, inside, N, PAGE: gl.constexpr):
+    """The pages of positions, and whether they exist; page 0 where they do not, or where not `inside`."""
+    page = gl.load(pages_ptr + position // PAGE, mask=inside, other=0)
+    exists = (page >= 0) & (page < N)
+    return gl.where(exists, page, 0).to(gl.int64), exists
+
+
+@gluon.jit
+def _places(s, row, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
+    """Offsets of positions s + row in an array with that stride between pages, and whether their pages exist."""
+    if PAGE == 0:
+        return s.to(gl.int64) * STRIDE_S + row * STRIDE_S, row >= 0
+    elif PAGE % BLOCK_S == 0:
+        page, exists = _page(pages_ptr, s, s < stop, N, PAGE)
+        return page * stride_b + (s % PAGE) * STRIDE_S + row * STRIDE_S, exists & (row >= 0)
+    else:
+        page, exists = _page(pages_ptr, s + row, s + row < stop, N, PAGE)
+        return page * stride_b + (s + row) % PAGE * STRIDE_S, exists
+
+
+@gluon.jit
+def _copy(
+    codes_ptr, norms_ptr, codes_to, norms_to, s, stop, pages_ptr, N, codes_stride_b, norms_stride_b,
+    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Starts the copy of the codes and norms of positions from s on; what lies from `stop` on is undefined there."""
+    L: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BLOCK_P, BLOCK_P // 16], [1, 1], [1, 0])
+    LN: gl.constexpr = gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0])
+    row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
+    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, L))[None, :]
+    column = gl.arange(0, BLOCK_S, layout=LN)
+    codes_at, _ = _places(s, row, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S)
+    norms_at, exists = _places(s, column, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
+    codes_ptr += codes_at[:, None] + p
+    norms_ptr += norms_at
+    if s + BLOCK_S <= stop:
+        if 2 * BLOCK_P == D:
+            async_copy.async_copy_global_to_shared(codes_to, codes_ptr)
+        else:
+            async_copy.async_copy_global_to_shared(codes_to, codes_ptr, mask=(p < D // 2) & (row >= 0)[:, None])
+        async_copy.async_copy_global_to_shared(norms_to, norms_ptr)
+    else:
+        inside = (s + row < stop)[:, None] & (p < D // 2)
+        async_copy.async_copy_global_to_shared(codes_to, codes_ptr, mask=inside)
+        async_copy.async_copy_global_to_shared(norms_to, norms_ptr, mask=s + column < stop)
+    return exists
+
+
+@gluon.jit
+def _load(
+    codes_ptr, norms_ptr, s, stop, pages_ptr, N, codes_stride_b, norms_stride_b, L: gl.constexpr, LN: gl.constexpr,
+    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Codes [BLOCK_S, BLOCK_P] and norms [BLOCK_S] of the positions from s on, zeros from `stop` on."""
+    row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
+    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, L))[None, :]
+    column = gl.arange(0, BLOCK_S, layout=LN)
+    codes_at, _ = _places(s, row, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S)
+    norms_at, exists = _places(s, column, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
+    inside = (s + row < stop)[:, None] & (p < D // 2)
+    codes = gl.load(codes_ptr + codes_at[:, None] + p, mask=inside, other=0)
+    return codes, gl.load(norms_ptr + norms_at, mask=s + column < stop, other=0.0), exists
+
+
+@gluon.jit
+def _span(
+    length, t, live, T, split, splits, left, right, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, BLOCK_S: gl.constexpr
+):
+    """This part's positions [start, stop), those that every row sees, and the first that any row sees."""
+    earliest = length - T + gl.min(gl.where(live, t, T), 0)
+    latest = length - T + gl.max(gl.where(live, t, 0), 0)
+    first, stop, all_from, all_to = earliest * 0, length, earliest * 0, length
+    if CAUSAL:
+        stop, all_to = gl.minimum(stop, latest + 1), gl.minimum(all_to, earliest + 1)
+    if WINDOW:
+        first, all_from = gl.maximum(earliest - left, 0), latest - left
+        stop, all_to = gl.minimum(stop, latest + right + 1), gl.minimum(all_to, earliest + right + 1)
+    start = first // BLOCK_S * BLOCK_S
+    part = gl.cdiv(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S), splits) * BLOCK_S
+    start += split * part
+    return start, gl.minimum(stop, start + part), all_from, all_to, first
+
+
+@gluon.jit
+def _visible(place, position, left, right, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Whether rows that stand at `place` see a position."""
+    visible = (position >= 0) & (place >= place)
+    if CAUSAL:
+        visible &= position <= place
+    if WINDOW:
+        visible &= (position >= place - left) & (position <= place + right)
+    return visible
+
+
+@gluon.jit
+def attention_kernel(
+    q_ptr,  # [B·K, R, D] float32 | bfloat16 | float16
+    signs_ptr,  # [D] float32
+    k_codes_ptr,  # [B or N, K, S or page, P] uint8
+    k_norms_ptr,  # [B or N, K, S or page] float32
+    k_table_ptr,  # [5] int32: the levels' bytes, the bits of the table's step
+    v_codes_ptr,
+    v_norms_ptr,
+    v_table_ptr,
+    lengths_ptr,  # [B] int32
+    pages_ptr,  # [B, M] int32
+    out_ptr,  # [B·K, splits, R, D] float32
+    ml_ptr,  # [B·K, splits, 2, R] float32
+    scale,
+    k_codes_stride_b,
+    k_codes_stride_k,
+    k_norms_stride_b,
+    k_norms_stride_k,
+    v_codes_stride_b,
+    v_codes_stride_k,
+    v_norms_stride_b,
+    v_norms_stride_k,
+    K,
+    R,
+    T,
+    S,
+    M,
+    N,
+    splits,
+    left,
+    right,
+    K_STRIDE_S: gl.constexpr,
+    V_STRIDE_S: gl.constexpr,
+    D: gl.constexpr,
+    K_BITS: gl.constexpr,
+    V_BITS: gl.constexpr,
+    PAGE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    SOFT_CAP: gl.constexpr,
+    ROTATE: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    split = gl.program_id(0) % splits
+    head = (gl.program_id(0) // splits).to(gl.int64)
+    batch, kv_head = head // K, head % K
+    first_row = gl.program_id(1) * BLOCK_R
+
+    # The query rows, and what a lane holds of scores (LS) and of outputs (LO).
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    natural: gl.constexpr = 1.0 if SOFT_CAP > 0 else LOG2E
+    q_first, q_second, factor = _query(
+        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale * natural, R, D, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
+    )
+    sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
+    LS: gl.constexpr = sums.type.layout
+    even = _row_sums(gl.zeros([2 * BLOCK_R, BLOCK_P], gl.int32, mma), BLOCK_R, BLOCK_P)
+    LO: gl.constexpr = even.type.layout
+    odd = even
+    r = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
+    m = gl.full([BLOCK_R], LOWEST, gl.float32, gl.SliceLayout(1, LS))
+    total = gl.zeros([BLOCK_R], gl.float32, gl.SliceLayout(1, LS))
+    k_words = gl.load(k_table_ptr), gl.load(k_table_ptr + 1), gl.load(k_table_ptr + 2), gl.load(k_table_ptr + 3)
+    v_words = gl.load(v_table_ptr), gl.load(v_table_ptr + 1), gl.load(v_table_ptr + 2), gl.load(v_table_ptr + 3)
+
+    # The positions of this part.
+    length = gl.load(lengths_ptr + batch)
+    length = gl.where((length >= 0) & (length <= S), length, 0)
+    start, stop, all_from, all_to, first = _span(
+        length, r % T, r < R, T, split, splits, left, right, CAUSAL, WINDOW, BLOCK_S
+    )
+    place = (length - T + r % T)[:, None]
+    column = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LS))
+    page_batch = batch * (PAGE == 0)
+    k_codes_ptr += page_batch * k_codes_stride_b + kv_head * k_codes_stride_k
+    v_codes_ptr += page_batch * v_codes_stride_b + kv_head * v_codes_stride_k
+    k_norms_ptr += page_batch * k_norms_stride_b + kv_head * k_norms_stride_k
+    v_norms_ptr += page_batch * v_norms_stride_b + kv_head * v_norms_stride_k
+    pages_ptr += batch * M
+
+    LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
+    LV: gl.constexpr = _values_layout(BLOCK_S, BLOCK_P)
+    LN: gl.constexpr = gl.SliceLayout(0, LS)
+    LC: gl.constexpr = gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]) if STAGES > 1 else LN
+    missing = gl.zeros([BLOCK_S], gl.int32, LC)
+    if STAGES > 1:
+        k_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BLOCK_P], _stage_layout(BLOCK_P))
+        v_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BLOCK_P], _values_stage_layout(BLOCK_P))
+        k_norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        v_norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        for i in gl.static_range(STAGES - 1):
+            s = start + i * BLOCK_S
+            if s < stop:
+                exists = _copy(
+                    k_codes_ptr, k_norms_ptr, k_smem.index(i), k_norms_smem.index(i), s, stop, pages_ptr, N,
+                    k_codes_stride_b, k_norms_stride_b, PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
+                )  # fmt: skip
+                _copy(
+                    v_codes_ptr, v_norms_ptr, v_smem.index(i), v_norms_smem.index(i), s, stop, pages_ptr, N,
+                    v_codes_stride_b, v_norms_stride_b, PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
+                )  # fmt: skip
+                missing |= gl.where(exists, 0, 1)
+            async_copy.commit_group()
+    for block in range(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S)):
+        s = start + block * BLOCK_S
+        if STAGES > 1:
+            stage, ahead = block % STAGES, block + STAGES - 1
+            async_copy.wait_group(STAGES - 2)
+            k_codes, k_norm = k_smem.index(stage).load(LK), k_norms_smem.index(stage).load(LN)
+            v_codes, v_norm = v_smem.index(stage).load(LV), v_norms_smem.index(stage).load(LN)
+            s_ahead = start + ahead * BLOCK_S
+            if s_ahead < stop:
+                to = ahead % STAGES
+                exists = _copy(
+                    k_codes_ptr, k_norms_ptr, k_smem.index(to), k_norms_smem.index(to), s_ahead, stop, pages_ptr, N,
+                    k_codes_stride_b, k_norms_stride_b, PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
+                )  # fmt: skip
+                _copy(
+                    v_codes_ptr, v_norms_ptr, v_smem.index(to), v_norms_smem.index(to), s_ahead, stop, pages_ptr, N,
+                    v_codes_stride_b, v_norms_stride_b, PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
+                )  # fmt: skip
+                missing |= gl.where(exists, 0, 1)
+            async_copy.commit_group()
+        else:
+            k_codes, k_norm, exists = _load(
+                k_codes_ptr, k_norms_ptr, s, stop, pages_ptr, N, k_codes_stride_b, k_norms_stride_b, LK, LN,
+                PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
+            )  # fmt: skip
+            v_codes, v_norm, _ = _load(
+                v_codes_ptr, v_norms_ptr, s, stop, pages_ptr, N, v_codes_stride_b, v_norms_stride_b, LV, LN,
+                PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
+            )  # fmt: skip
+            missing |= gl.where(exists, 0, 1)
+
+        x = _scores(k_codes, k_norm, k_words, q_first, q_second, factor, SOFT_CAP, BLOCK_R, BLOCK_S, BLOCK_P)
+        if (s < all_from) | (s + BLOCK_S > all_to):
+            position = s + column
+            seen = _visible(place, position[None, :], left, right, CAUSAL, WINDOW) & (position < stop)[None, :]
+            x = gl.where(seen, x, -float("inf"))
+            v_norm = gl.where((position >= first) & (position < stop), v_norm, 0.0)
+
+        peak = gl.maximum(m, gl.max(x, 1))
+        decay = gl.exp2(m - peak)
+        p = gl.exp2(x - peak[:, None])
+        m, total = peak, total * decay + gl.sum(p, 1)
+        planes, unit = _weights(p, v_norm, BLOCK_R, BLOCK_S)
+        decay = gl.convert_layout(decay, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
+        unit = gl.convert_layout(unit, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
+        v_high, v_low = _value_levels(v_codes, v_words)
+        even = even * decay + unit * _value_sums(planes, v_high, BLOCK_R, BLOCK_S, BLOCK_P)
+        odd = odd * decay + unit * _value_sums(planes, v_low, BLOCK_R, BLOCK_S, BLOCK_P)
+
+    if PAGE > 0:
+        total = gl.where(gl.max(missing, 0) > 0, float("nan"), total)
+    out = gl.join(even, odd).reshape([BLOCK_R, BLOCK_P // 8, 8, 2]).permute([0, 2, 1, 3])
+    out = out.reshape([BLOCK_R, 2 * BLOCK_P])
+    LW: gl.constexpr = out.type.layout
+    row = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LW))[:, None]
+    d = gl.arange(0, 2 * BLOCK_P, layout=gl.SliceLayout(0, LW))[None, :]
+    at = head * splits + split
+    gl.store(out_ptr + (at * R + row) * D + d, out, mask=(row < R) & (d < D))
+    gl.store(ml_ptr + at * 2 * R + r, gl.where(m == LOWEST, -float("inf"), m), mask=r < R)
+    gl.store(ml_ptr + (at * 2 + 1) * R + r, total, mask=r < R)
