@@ -69,6 +69,15 @@ xor.b32 $1, a, 0x80808080;
 }""")
 
 
+# $1, in a register of each lane though all have the same: `prmt` takes none of those that a warp shares. $2 is 0.
+OWN = gl.constexpr("""{
+.reg .b32 t;
+mov.u32 t, %tid.x;
+and.b32 t, t, $2;
+or.b32 $0, $1, t;
+}""")
+
+
 @gluon.constexpr_function
 def _values_layout(BLOCK_S, BLOCK_P):
     """[BLOCK_S, BLOCK_P]: lane t has positions 4·t to 4·t + 3 of sixteen, lane g an eighth of the bytes."""
@@ -165,6 +174,22 @@ def _scores(
 
 
 @gluon.jit
+def _words(table_ptr, zero):
+    """The four words of levels, each in a register of every lane."""
+    return (
+        _own(gl.load(table_ptr), zero),
+        _own(gl.load(table_ptr + 1), zero),
+        _own(gl.load(table_ptr + 2), zero),
+        _own(gl.load(table_ptr + 3), zero),
+    )
+
+
+@gluon.jit
+def _own(word, zero):
+    return gl.inline_asm_elementwise(OWN, "=r,r,r", [word, zero], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _largest(a, b):
     return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -175,7 +200,7 @@ def _weights(p, norm, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr):
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     weights = p * _finite(norm)[None, :]
     largest = _largest(gl.reduce(weights, 1, _largest), LEAST_WEIGHT)
-    n = (weights * (LARGEST_WEIGHT / largest)[:, None] + (ROUNDER + 128.0)).to(gl.int32, bitcast=True)
+    n = gl.fma(weights, (LARGEST_WEIGHT / largest)[:, None], ROUNDER + 128.0).to(gl.int32, bitcast=True)
     hi, lo = gl.inline_asm_elementwise(
         PLANES, "=&r,=r,r,r,r,r", [n], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
     )  # fmt: skip
@@ -361,25 +386,19 @@ def attention_kernel(
     batch, kv_head = head // K, head % K
     first_row = gl.program_id(1) * BLOCK_R
 
-    # The query rows, and what a lane holds of scores (LS) and of outputs (LO).
+    # What a lane holds of scores (LS) and of outputs (LO).
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     natural: gl.constexpr = 1.0 if SOFT_CAP > 0 else LOG2E
-    q_first, q_second, factor = _query(
-        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale * natural, R, D, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
-    )
     sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
     LS: gl.constexpr = sums.type.layout
     even = _row_sums(gl.zeros([2 * BLOCK_R, BLOCK_P], gl.int32, mma), BLOCK_R, BLOCK_P)
     LO: gl.constexpr = even.type.layout
     odd = even
     r = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
-    m = gl.full([BLOCK_R], LOWEST, gl.float32, gl.SliceLayout(1, LS))
-    total = gl.zeros([BLOCK_R], gl.float32, gl.SliceLayout(1, LS))
-    k_words = gl.load(k_table_ptr), gl.load(k_table_ptr + 1), gl.load(k_table_ptr + 2), gl.load(k_table_ptr + 3)
-    v_words = gl.load(v_table_ptr), gl.load(v_table_ptr + 1), gl.load(v_table_ptr + 2), gl.load(v_table_ptr + 3)
 
     # The positions of this part.
     length = gl.load(lengths_ptr + batch)
+    zero = length >> 31  # where it is a length
     length = gl.where((length >= 0) & (length <= S), length, 0)
     start, stop, all_from, all_to, first = _span(
         length, r % T, r < R, T, split, splits, left, right, CAUSAL, WINDOW, BLOCK_S
@@ -416,6 +435,14 @@ def attention_kernel(
                 )  # fmt: skip
                 missing |= gl.where(exists, 0, 1)
             async_copy.commit_group()
+
+    # The query rows, while the copies are under way.
+    q_first, q_second, factor = _query(
+        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale * natural, R, D, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
+    )
+    k_words, v_words = _words(k_table_ptr, zero), _words(v_table_ptr, zero)
+    m = gl.full([BLOCK_R], LOWEST, gl.float32, gl.SliceLayout(1, LS))
+    total = gl.zeros([BLOCK_R], gl.float32, gl.SliceLayout(1, LS))
     for block in range(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S)):
         s = start + block * BLOCK_S
         if STAGES > 1:
@@ -441,12 +468,11 @@ def attention_kernel(
                 k_codes_ptr, k_norms_ptr, s, stop, pages_ptr, N, k_codes_stride_b, k_norms_stride_b, LK, LN,
                 PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
             )  # fmt: skip
-            v_codes, v_norm, _ = _load(
+            v_codes, v_norm, exists = _load(
                 v_codes_ptr, v_norms_ptr, s, stop, pages_ptr, N, v_codes_stride_b, v_norms_stride_b, LV, LN,
                 PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
             )  # fmt: skip
             missing |= gl.where(exists, 0, 1)
-
         x = _scores(k_codes, k_norm, k_words, q_first, q_second, factor, SOFT_CAP, BLOCK_R, BLOCK_S, BLOCK_P)
         if (s < all_from) | (s + BLOCK_S > all_to):
             position = s + column
@@ -457,13 +483,13 @@ def attention_kernel(
         peak = gl.maximum(m, gl.max(x, 1))
         decay = gl.exp2(m - peak)
         p = gl.exp2(x - peak[:, None])
-        m, total = peak, total * decay + gl.sum(p, 1)
+        m, total = peak, gl.fma(total, decay, gl.sum(p, 1))
         planes, unit = _weights(p, v_norm, BLOCK_R, BLOCK_S)
         decay = gl.convert_layout(decay, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
         unit = gl.convert_layout(unit, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
         v_high, v_low = _value_levels(v_codes, v_words)
-        even = even * decay + unit * _value_sums(planes, v_high, BLOCK_R, BLOCK_S, BLOCK_P)
-        odd = odd * decay + unit * _value_sums(planes, v_low, BLOCK_R, BLOCK_S, BLOCK_P)
+        even = gl.fma(unit, _value_sums(planes, v_high, BLOCK_R, BLOCK_S, BLOCK_P), even * decay)
+        odd = gl.fma(unit, _value_sums(planes, v_low, BLOCK_R, BLOCK_S, BLOCK_P), odd * decay)
 
     if PAGE > 0:
         total = gl.where(gl.max(missing, 0) > 0, float("nan"), total)
