@@ -25,6 +25,14 @@ LN_2 = tl.constexpr(math.log(2))
 LEAST_NORM, LARGEST_NORM = tl.constexpr(2.0**-110), tl.constexpr(2.0**110)  # of which w / |norm| stays a float32
 SIGN_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: turns bytes from -128..127 into 0..255
 
+OWN = tl.constexpr("""{
+.reg .b32 lane;
+mov.u32 lane, %laneid;
+mul.lo.s32 lane, lane, $2;
+shr.s32 lane, lane, 31;
+xor.b32 $0, $1, lane;
+}""")
+
 # Four biased bytes u of $2 as float16: the bits 0x6400 + u are 1024 + u, and 1152 = 1024 + 128.
 HALF = tl.constexpr("""{
 .reg .b32 thousand, bias;
@@ -35,6 +43,55 @@ prmt.b32 $1, $2, thousand, 0x4342;
 add.f16x2 $0, $0, bias;
 add.f16x2 $1, $1, bias;
 }""")
+
+
+@triton.jit
+def _apply(x, ASM: tl.constexpr):
+    """One instruction on each float."""
+    return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _words(table_ptr, flipped, length, PTX: tl.constexpr):
+    """The four words of a table, some bits flipped."""
+    return (
+        _own(tl.load(table_ptr) ^ flipped, length, PTX),
+        _own(tl.load(table_ptr + 1) ^ flipped, length, PTX),
+        _own(tl.load(table_ptr + 2) ^ flipped, length, PTX),
+        _own(tl.load(table_ptr + 3) ^ flipped, length, PTX),
+    )
+
+
+@triton.jit
+def _own(word, length, PTX: tl.constexpr):
+    """The word in a register of each thread, `prmt` taking none of those that a warp shares.
+
+    So that ptxas cannot tell that all threads have the same, a zero is added: the sign of lane · (length / 32).
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(OWN, "=r,r,r", [word, length >> 5], dtype=tl.int32, is_pure=True, pack=1)
+    return word
+
+
+@triton.jit
+def _exp2(x, PTX: tl.constexpr):
+    if PTX:
+        return _apply(x, "ex2.approx.ftz.f32 $0, $1;")
+    return tl.exp2(x)
+
+
+@triton.jit
+def _log2(x, PTX: tl.constexpr):
+    if PTX:
+        return _apply(x, "lg2.approx.ftz.f32 $0, $1;")
+    return tl.log2(x)
+
+
+@triton.jit
+def _inverse(x, PTX: tl.constexpr):
+    if PTX:
+        return _apply(x, "rcp.approx.ftz.f32 $0, $1;")
+    return 1.0 / x
 
 
 @triton.jit
@@ -134,13 +191,13 @@ def attention_kernel(
     power = ((e + 127) << 23).to(tl.float32, bitcast=True)
     factor = scale * tl.load(k_table_ptr + 4).to(tl.float32, bitcast=True) * power
     factor = tl.where(e == NOT_FINITE, float("nan"), factor) * (LOG2_E if SOFT_CAP == 0.0 else 1.0)
-    k0, k1, k2, k3 = tl.load(k_table_ptr), tl.load(k_table_ptr + 1), tl.load(k_table_ptr + 2), tl.load(k_table_ptr + 3)
-    v0, v1 = tl.load(v_table_ptr) ^ SIGN_BITS, tl.load(v_table_ptr + 1) ^ SIGN_BITS
-    v2, v3 = tl.load(v_table_ptr + 2) ^ SIGN_BITS, tl.load(v_table_ptr + 3) ^ SIGN_BITS
+    length = tl.load(lengths_ptr + batch)
+    k0, k1, k2, k3 = _words(k_table_ptr, 0, length, PTX)
+    v0, v1, v2, v3 = _words(v_table_ptr, SIGN_BITS, length, PTX)
 
     # The positions that any row of the block sees, and of those the part of this program.
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), S)
+    length = tl.minimum(tl.maximum(length, 0), S)
     at = length - T + r % T
     first, last = 0, length
     if CAUSAL:
@@ -191,13 +248,14 @@ def attention_kernel(
         codes = tl.load(v_codes_ptr + v_code[:, None] + p[None, :], mask=live, other=0)
         norm = _finite(tl.load(v_norms_ptr + v_norm, mask=there, other=0.0), PTX)
         size = tl.minimum(tl.maximum(tl.abs(norm), LEAST_NORM), LARGEST_NORM)
-        y = tl.where(seen, x + tl.log2(size)[:, None], float("-inf"))
+        inverse = _inverse(size, PTX)
+        y = tl.where(seen, x + _log2(size, PTX)[:, None], float("-inf"))
         peak = tl.maximum(m, tl.max(y, 0))
         reference = tl.where(peak == float("-inf"), 0.0, peak)
-        weights = tl.exp2(y - reference[None, :])
-        shrink = tl.exp2(m - reference)
-        total = total * shrink[None, :] + weights * (1.0 / size)[:, None]
-        weights = tl.where(seen, weights * (norm / size)[:, None], 0.0).to(tl.float16)
+        weights = _exp2(y - reference[None, :], PTX)
+        shrink = _exp2(m - reference, PTX)
+        total = tl.fma(weights, inverse[:, None], total * shrink[None, :])
+        weights = tl.where(seen, weights * (norm * inverse)[:, None], 0.0).to(tl.float16)
         even, odd = _levels(codes, v0, v1, v2, v3, PTX)
         out_even = tl.dot(_half(even, PTX).T, weights, out_even * shrink[None, :])
         out_odd = tl.dot(_half(odd, PTX).T, weights, out_odd * shrink[None, :])
