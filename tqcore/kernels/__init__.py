@@ -38,6 +38,16 @@ def gluon_is_tested() -> bool:
     return triton.__version__.startswith(GLUON_TESTED_WITH)
 
 
+@cache
+def can_load(name: str) -> bool:
+    """Whether `load` can."""
+    try:
+        load(name)
+    except ImportError:
+        return False
+    return True
+
+
 def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, codes_stride_s: int) -> dict[str, int]:
     """What every score kernel is compiled for."""
     return {
