@@ -12,6 +12,7 @@ import torch
 import triton
 from inputs import CACHE_BYTES, LARGEST_BURST
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import tq_torch
 import tq_torch.attention_ops
@@ -28,7 +29,7 @@ PLAIN_IMPLEMENTATIONS = ("eager", "xla")
 
 @dataclass(frozen=True)
 class Case:
-    """B batch, K key heads, G query heads a key head, S and T positions of keys and queries, D; bits of keys, values."""
+    """B, K, G, S, T and D as in `inputs.Case`; the bits of keys and values; the positions of a page, if paged."""
 
     B: int
     K: int
@@ -185,7 +186,7 @@ def _sdpa(case, backend, folded, query, keys, values):
     """torch's attention; `folded`: the query heads of a key head as positions of one head."""
     if folded:
         query = query.reshape(case.B, case.K, case.G, case.D)
-    mask = torch.nn.attention.bias.causal_lower_right(case.T, keys.shape[2]) if case.causal else None
+    mask = causal_lower_right(case.T, keys.shape[2]) if case.causal else None
     with sdpa_kernel(backend):
         out = torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, enable_gqa=not folded and case.G > 1
