@@ -5,13 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from tqcore import checks, softmax
+from tqcore.kernels import can_load, gluon_is_tested
 from tqcore.quantizer import PackedVectors
-from tqjax import ops, xla_attention
+from tqjax import device, ops, triton_attention, triton_call, xla_attention
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "triton", "gluon")
+NEEDS = {
+    "triton": "'triton' needs CUDA, an installed Triton",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton with Gluon",
+}
 
 
 def attention(
@@ -54,7 +60,9 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "xla" or None: xla, on any device.
+      implementation: "xla" (any device), "triton" (CUDA, an installed Triton, 4-bit codes of D up to 256, no residual,
+        no center that varies along S), "gluon" (the same on a Hopper device), or None: on CUDA the first of gluon (if
+        all devices are Hoppers), triton and xla that can do the case; xla elsewhere.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
@@ -64,6 +72,7 @@ def attention(
     Raises:
       ValueError: an argument does not fit. Lengths and page numbers out of range are seen where they are concrete and
         on a CPU; elsewhere they make their sequence NaN.
+      NotImplementedError: the implementation asked for cannot do this case.
 
     Source: Dao, FlashAttention-2, arXiv:2307.08691; Xiao et al., StreamingLLM, arXiv:2309.17453, for sinks.
     """
@@ -75,9 +84,9 @@ def attention(
     named = {name: x for name, x in named.items() if x is not None}
     ops.check_devices(query=query, **{"keys.codes": keys.codes, "values.codes": values.codes}, **named)
     softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
-    out, lse = _attention(
-        jnp.asarray(query), keys.map(jnp.asarray), values.map(jnp.asarray), kv_lengths, page_table, sinks, options
-    )
+    name = _choose(implementation, keys, values, page_table, options)
+    arrays = jnp.asarray(query), keys.map(jnp.asarray), values.map(jnp.asarray), kv_lengths, page_table, sinks
+    out, lse = _attention(*arrays, options, name, implementation is None)
     return (out, lse) if return_lse else out
 
 
@@ -103,8 +112,66 @@ def merge_attention(
     return _merge(*map(jnp.asarray, (out_a, lse_a, out_b, lse_b)))
 
 
-_attention = functools.partial(jax.jit, static_argnums=6)(xla_attention.attention)
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
+    """One implementation; `by_platform`: on CUDA, and xla elsewhere."""
+    if kv_lengths is None:
+        kv_lengths = jnp.full(query.shape[0], softmax.context_size(keys, page_table), jnp.int32)
+    arrays = query, keys, values, kv_lengths, page_table, sinks
+    if name == "xla":
+        return xla_attention.attention(*arrays, options)
+    return _kernel_attention(*arrays, options, name, by_platform)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
+    arrays = query, keys, values, kv_lengths, page_table, sinks
+    kernel = functools.partial(_centered, functools.partial(triton_attention.attention, implementation=name), options)
+    if not by_platform:
+        return kernel(*arrays)
+    plain = functools.partial(xla_attention.attention, options=options)
+    return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+
+
+def _kernel_forward(*arguments):
+    return _kernel_attention(*arguments), arguments[:6]
+
+
+def _kernel_backward(options, name, by_platform, arrays, cotangents):
+    _, pullback = jax.vjp(functools.partial(xla_attention.attention, options=options), *arrays)
+    return pullback(tuple(cotangents))
+
+
+_kernel_attention.defvjp(_kernel_forward, _kernel_backward)
 _merge = jax.jit(xla_attention.merge)
+
+
+def _centered(attend, options, query, keys, values, kv_lengths, page_table, sinks):
+    """Attention by kernels; centers, which they do not know, are added after them."""
+    if keys.center is None and values.center is None:
+        return attend(query, keys, values, kv_lengths, page_table, sinks, options)
+    out, lse = attend(query, keys, values, kv_lengths, page_table, None, options)
+    library = xla_attention.LIBRARY
+    out, lse = softmax.with_centers(library.wide(out), lse, query, keys, values, sinks, options, library)
+    return out.astype(query.dtype), lse
+
+
+def _choose(implementation, keys, values, page_table, options):
+    """The implementation asked for, or the best that can, on CUDA."""
+    if implementation == "xla":
+        return "xla"
+    takes = triton_call.INSTALLED and softmax.kernels_take(keys, values, page_table, options)
+    if implementation is None:
+        if not takes or not device.cuda_devices():
+            return "xla"
+        gluon = device.all_hopper() and gluon_is_tested() and can_load(triton_attention.KERNELS["gluon"])
+        return "gluon" if gluon else "triton"
+    if not takes or (implementation == "gluon" and not can_load(triton_attention.KERNELS["gluon"])):
+        raise NotImplementedError(
+            f"{NEEDS[implementation]}, {softmax.KERNEL_NEEDS}, got {softmax.kernels_got(keys, values, options)}; "
+            "'xla' has no such need."
+        )
+    return implementation
 
 
 def _on_host(x):
