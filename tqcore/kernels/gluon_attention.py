@@ -101,6 +101,12 @@ def _columns_layout(BLOCK_R, BLOCK_D):
 
 
 @gluon.constexpr_function
+def _packed_block(head_dim):
+    """Bytes of codes a position that a program holds: `tuning.packed_block`, which compiled code cannot call."""
+    return max(32, 1 << (head_dim // 2 - 1).bit_length())
+
+
+@gluon.constexpr_function
 def _log2(n):
     return n.bit_length() - 1
 
@@ -378,9 +384,9 @@ def attention_kernel(
     ROTATE: gl.constexpr,
     BLOCK_R: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    BLOCK_P: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    BLOCK_P: gl.constexpr = _packed_block(D)
     split = gl.program_id(0) % splits
     head = (gl.program_id(0) // splits).to(gl.int64)
     batch, kv_head = head // K, head % K
@@ -410,7 +416,8 @@ def attention_kernel(
     v_codes_ptr += page_batch * v_codes_stride_b + kv_head * v_codes_stride_k
     k_norms_ptr += page_batch * k_norms_stride_b + kv_head * k_norms_stride_k
     v_norms_ptr += page_batch * v_norms_stride_b + kv_head * v_norms_stride_k
-    pages_ptr += batch * M
+    if PAGE > 0:
+        pages_ptr += batch * M
 
     LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
     LV: gl.constexpr = _values_layout(BLOCK_S, BLOCK_P)
