@@ -247,41 +247,39 @@ def _copy(
     BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
     LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
     WHOLE: gl.constexpr = 2 * BLOCK_P == D
+    low, key, p = _plane(codes_ptr, s, CODES_STRIDE_S, BLOCK_S, BYTES)
+    if BITS == 3:
+        high, high_key, high_p = _plane(codes_ptr + LIVE, s, CODES_STRIDE_S, BLOCK_S, BYTES // 2)
     column = s + gl.arange(0, BLOCK_S, layout=gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]))
     norms_ptr += column
-    low, low_live = _plane(codes_ptr, s, count, LIVE, CODES_STRIDE_S, BLOCK_S, BYTES)
-    if BITS == 3:
-        high, high_live = _plane(codes_ptr + LIVE, s, count, D // 8, CODES_STRIDE_S, BLOCK_S, BYTES // 2)
     if s + BLOCK_S <= count:
-        _copy_plane(codes_to, low, low_live, WHOLE)
+        _copy_plane(codes_to, low, key, p, count, LIVE, WHOLE)
         if BITS == 3:
-            _copy_plane(high_to, high, high_live, WHOLE)
+            _copy_plane(high_to, high, high_key, high_p, count, D // 8, WHOLE)
         async_copy.async_copy_global_to_shared(norms_to, norms_ptr)
     else:
-        _copy_plane(codes_to, low, low_live, False)
+        _copy_plane(codes_to, low, key, p, count, LIVE, False)
         if BITS == 3:
-            _copy_plane(high_to, high, high_live, False)
+            _copy_plane(high_to, high, high_key, high_p, count, D // 8, False)
         async_copy.async_copy_global_to_shared(norms_to, norms_ptr, mask=column < count)
 
 
 @gluon.jit
-def _plane(
-    ptr, s, count, LIVE: gl.constexpr,
-    CODES_STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
-    """Where the bytes [BLOCK_S, BYTES] of a plane are, and which of them there are."""
+def _plane(ptr, s, CODES_STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr):
+    """Where the bytes [BLOCK_S, BYTES] of a plane are, their keys and places."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [1, 1], [1, 0])
     key = s + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))[:, None]
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    return ptr + key * CODES_STRIDE_S + p, (p < LIVE) & (key < count)
+    return ptr + (key * CODES_STRIDE_S + p), key, p
 
 
 @gluon.jit
-def _copy_plane(to, ptr, live, WHOLE: gl.constexpr):
+def _copy_plane(to, ptr, key, p, count, LIVE: gl.constexpr, WHOLE: gl.constexpr):
+    """Starts the copy of the `LIVE` bytes of the keys below `count`, which are all where WHOLE."""
     if WHOLE:
         async_copy.async_copy_global_to_shared(to, ptr)
     else:
-        async_copy.async_copy_global_to_shared(to, ptr, mask=live)
+        async_copy.async_copy_global_to_shared(to, ptr, mask=(p < LIVE) & (key < count))
 
 
 @gluon.jit
