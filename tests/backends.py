@@ -49,7 +49,7 @@ class Backend:
         if self.implementation in ("xla", "eager"):
             return True
         moved = case.centers[0] != "none" and case.cap is not None
-        return case.bits == (4, 4) and not any(case.qjl) and "varying" not in case.centers and not moved
+        return min(case.bits) > 1 and not any(case.qjl) and "varying" not in case.centers and not moved
 
     def attention(self, inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
         """`attention` into memory that held NaN before, and its log-sum-exp."""

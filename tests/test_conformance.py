@@ -17,6 +17,7 @@ import tqcore
 import tqjax
 from tq_torch import triton_call
 from tqcore import fixed_point
+from tqcore.kernels import lookup
 from tqcore.tuning import ScoreConfig
 from tqjax import pallas_scores
 
@@ -33,7 +34,7 @@ CONFIGS = [
 
 
 def can_do(backend, case):
-    return case.bits == 4 or backend.implementation not in KERNELS
+    return case.bits in lookup.BITS or backend.implementation not in KERNELS
 
 
 @pytest.mark.parametrize(

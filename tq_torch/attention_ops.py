@@ -62,7 +62,7 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "eager" (any device with float64), "triton" (CUDA, 4-bit codes of D up to 256, no residual, no
+      implementation: "eager" (any device with float64), "triton" (CUDA, 2 to 4 bits, D up to 256, no residual, no
         center that varies along S; on a CPU Triton's interpreter, under TRITON_INTERPRET=1), "gluon" (the same on a
         Hopper device), or None: the first of gluon, triton and eager that can do the case on this device.
 

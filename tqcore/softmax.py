@@ -14,10 +14,10 @@ from tqcore import center as center_of
 from tqcore import checks, tuning
 from tqcore.quantizer import PackedVectors
 
-KERNEL_BITS, KERNEL_DIM = (4,), tuning.MAX_HEAD_DIM  # what kernels take: bits of an index, largest D
+KERNEL_BITS, KERNEL_DIM = (2, 3, 4), tuning.MAX_HEAD_DIM  # what kernels take: bits of an index, largest D
 KERNEL_NEEDS = (
-    f"4-bit codes of head_dim up to {KERNEL_DIM}, no residual signs, and centers with an S axis of 1, alike on all "
-    "pages and, for keys, without a soft cap"
+    f"codes of 2, 3 or 4 bits, head_dim up to {KERNEL_DIM}, no residual signs, and centers with an S axis of 1, alike on "
+    "all pages and, for keys, without a soft cap"
 )
 UNBOUNDED = 2**30  # a window that reaches past any context; sums with it stay within int32
 

@@ -121,7 +121,7 @@ def _entries(device: str | None) -> dict[str, Any]:
 
 
 def packed_block(head_dim: int) -> int:
-    """Bytes of codes per key that a program holds: D/2 up to a power of two, at least what an int8 dot takes."""
+    """Pairs of coordinates of a key that a program holds: D/2 up to a power of two, at least what an int8 dot takes."""
     return max(32, next_power_of_two(head_dim // 2))
 
 

@@ -60,7 +60,7 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "xla" (any device), "triton" (CUDA, an installed Triton, 4-bit codes of D up to 256, no residual,
+      implementation: "xla" (any device), "triton" (CUDA, an installed Triton, 2 to 4 bits, D up to 256, no residual,
         no center that varies along S), "gluon" (the same on a Hopper device), or None: on CUDA the first of gluon (if
         all devices are Hoppers), triton and xla that can do the case; xla elsewhere.
 

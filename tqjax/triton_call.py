@@ -24,6 +24,7 @@ from jax.interpreters.xla import apply_primitive
 
 from tqcore import tuning
 from tqcore.kernels import load, score_constants, stages
+from tqcore.packing import code_bits
 from tqjax import device
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -102,7 +103,7 @@ def _scores(q, codes, norms, words, *, implementation, config, capability):
         "norms_stride_b": kv_heads * keys,
         "norms_stride_k": keys,
     }
-    shape = score_constants(config, head_dim, words.shape[0] // 4, packed_dim)
+    shape = score_constants(config, head_dim, code_bits(packed_dim, head_dim), words.shape[0] // 4, packed_dim)
     constants = shape | strides | {"K": kv_heads, "R": rows, "S": keys, "blocks": config.blocks}
     out = jax.ShapeDtypeStruct((batch, heads, length, keys), jnp.float32)
     options = {"capability": capability, "num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -126,7 +127,7 @@ def _converted_queries(q, words, rows, kv, shape, capability):
     groups = tuning.ceil_div(rows, tuning.ROW_GROUP)
     planes = jax.ShapeDtypeStruct((kv, groups * tuning.ROW_GROUP, 2, 2 * shape["BLOCK_P"]), jnp.int8)
     factor = jax.ShapeDtypeStruct((kv, groups * tuning.ROW_GROUP), jnp.float32)
-    constants = {name: shape[name] for name in ("D", "PLANES", "BLOCK_P")} | {"R": rows, "scale": 1.0}
+    constants = {name: shape[name] for name in ("D", "BITS", "PLANES", "BLOCK_P")} | {"R": rows, "scale": 1.0}
     return launch(
         load("gluon_queries"), [q, words], [planes, factor], constants,
         grid=(groups * kv, 1), capability=capability, num_warps=1,

@@ -48,11 +48,14 @@ def can_load(name: str) -> bool:
     return True
 
 
-def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, codes_stride_s: int) -> dict[str, int]:
+def score_constants(
+    config: tuning.ScoreConfig, head_dim: int, bits: int, planes: int, codes_stride_s: int
+) -> dict[str, int]:
     """What every score kernel is compiled for."""
     return {
         "CODES_STRIDE_S": codes_stride_s,
         "D": head_dim,
+        "BITS": bits,
         "PLANES": planes,
         "BLOCK_R": config.block_r,
         "BLOCK_S": config.block_s,

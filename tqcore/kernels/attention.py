@@ -18,7 +18,7 @@ import math
 import triton
 import triton.language as tl
 
-from tqcore.kernels.scores import NOT_FINITE, _finite, _fixed_point, _levels, _plane, _products
+from tqcore.kernels.scores import NOT_FINITE, _finite, _fixed_point, _levels, _load_codes, _plane, _products
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -209,7 +209,7 @@ def attention_kernel(
     first += split * part
     last = tl.minimum(last, first + part)
 
-    p, column = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_S)
     place = first.to(tl.int64)
     if PAGE != 0:
         pages_ptr += batch * M
@@ -232,10 +232,10 @@ def attention_kernel(
             page, slot = tl.where(there, page, 0).to(tl.int64), (first + s) % PAGE
             k_code, k_norm = page * k_codes_stride_b + slot * K_STRIDE_S, page * k_norms_stride_b + slot
             v_code, v_norm = page * v_codes_stride_b + slot * V_STRIDE_S, page * v_norms_stride_b + slot
-        live = inside[:, None] & (p[None, :] < D // 2)
-        codes = tl.load(k_codes_ptr + k_code[:, None] + p[None, :], mask=live, other=0)
+        codes, high = _load_codes(k_codes_ptr + k_code[:, None], inside[:, None], D, BLOCK_P, K_BITS, PTX)
         norm = _finite(tl.load(k_norms_ptr + k_norm, mask=there, other=float("nan")), PTX)
-        hi, lo = _products(*_levels(codes, k0, k1, k2, k3, PTX), q_even, q_odd, BLOCK_S, BLOCK_R)
+        even, odd = _levels(codes, high, k0, k1, k2, k3, K_BITS, PTX)
+        hi, lo = _products(even, odd, q_even, q_odd, BLOCK_S, BLOCK_R)
         x = (hi * 128 + lo).to(tl.float32) * (norm[:, None] * factor[None, :])
         if SOFT_CAP != 0.0:
             x = _soft_cap(x, SOFT_CAP) * LOG2_E
@@ -245,7 +245,7 @@ def attention_kernel(
         if WINDOW:
             seen = seen & ((first + s)[:, None] >= at[None, :] - left) & ((first + s)[:, None] <= at[None, :] + right)
 
-        codes = tl.load(v_codes_ptr + v_code[:, None] + p[None, :], mask=live, other=0)
+        codes, high = _load_codes(v_codes_ptr + v_code[:, None], inside[:, None], D, BLOCK_P, V_BITS, PTX)
         norm = _finite(tl.load(v_norms_ptr + v_norm, mask=there, other=0.0), PTX)
         size = tl.minimum(tl.maximum(tl.abs(norm), LEAST_NORM), LARGEST_NORM)
         inverse = _inverse(size, PTX)
@@ -256,7 +256,7 @@ def attention_kernel(
         shrink = _exp2(m - reference, PTX)
         total = tl.fma(weights, inverse[:, None], total * shrink[None, :])
         weights = tl.where(seen, weights * (norm * inverse)[:, None], 0.0).to(tl.float16)
-        even, odd = _levels(codes, v0, v1, v2, v3, PTX)
+        even, odd = _levels(codes, high, v0, v1, v2, v3, V_BITS, PTX)
         out_even = tl.dot(_half(even, PTX).T, weights, out_even * shrink[None, :])
         out_odd = tl.dot(_half(odd, PTX).T, weights, out_odd * shrink[None, :])
         m = peak
@@ -266,6 +266,7 @@ def attention_kernel(
     exponent = tl.where(total > 0.0, (total.to(tl.int32, bitcast=True) >> 23) - 127, 0)
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     out_row = (head.to(tl.int64) * splits + split) * R + r[None, :]
+    p = tl.arange(0, BLOCK_P)
     live = (p[:, None] < D // 2) & (r[None, :] < R)
     tl.store(out_ptr + out_row * D + 2 * p[:, None], out_even * power[None, :], mask=live)
     tl.store(out_ptr + out_row * D + 2 * p[:, None] + 1, out_odd * power[None, :], mask=live)
