@@ -24,25 +24,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tqcore import fixed_point
+from tqcore.kernels import lookup
 from tqcore.kernels.gluon_scores import (
     NOT_FINITE,
     _bits,
+    _code_bytes,
     _codes_layout,
+    _copy_plane,
     _finite,
     _fixed_point,
-    _key_operand,
-    _levels,
+    _products,
     _query_layout,
     _query_operands,
     _stage_layout,
     _sums,
 )
-from tqcore.kernels.scores import LOOKUP as LOOKUP_APART
-from tqcore.kernels.scores import LOOKUP_CONSTRAINTS as LOOKUP_APART_CONSTRAINTS
 
 ROUNDER = gl.constexpr(fixed_point.ROUNDER)
 LOG2E = gl.constexpr(1.4426950408889634)
 LOWEST = gl.constexpr(-3.0e38)  # below any score
+LOOKUP_2, LOOKUP_3, LOOKUP_4 = (gl.constexpr(lookup.in_order(bits)) for bits in lookup.BITS)
+CONSTRAINTS_2, CONSTRAINTS_3, CONSTRAINTS_4 = (
+    gl.constexpr(lookup.constraints(bits, lookup.FIELDS[bits])) for bits in lookup.BITS
+)
 LARGEST_WEIGHT = gl.constexpr(32512.0)  # 127·256
 LEAST_WEIGHT = gl.constexpr(1e-30)  # of a block, so that it can be divided by
 
@@ -57,6 +61,13 @@ prmt.b32 $0, a, b, 0x5410;
 prmt.b32 $1, a, b, 0x7632;
 prmt.b32 $2, c, d, 0x5410;
 prmt.b32 $3, c, d, 0x7632;
+}""")
+# The same of two bytes of four positions, $4 and $5, to $0 and $1; to $2 and $3 for the odd bytes of the low plane.
+TRANSPOSE_HIGH = gl.constexpr("""{
+prmt.b32 $0, $4, $5, 0x6420;
+prmt.b32 $1, $4, $5, 0x7531;
+shl.b32 $2, $0, 2;
+shl.b32 $3, $1, 2;
 }""")
 # Of four integers u + 128 in the low two bytes of $2 to $5, the high bytes to $0 and the low ones less 128 to $1.
 PLANES = gl.constexpr("""{
@@ -79,18 +90,18 @@ or.b32 $0, $1, t;
 
 
 @gluon.constexpr_function
-def _values_layout(BLOCK_S, BLOCK_P):
-    """[BLOCK_S, BLOCK_P]: lane t has positions 4·t to 4·t + 3 of sixteen, lane g an eighth of the bytes."""
-    registers = [[0, 1], [0, 2], [1, 0], [2, 0]]
-    registers += [[0, x] for x in _bits(4, BLOCK_P // 8)] + [[x, 0] for x in _bits(16, BLOCK_S)]
-    lanes = [[4, 0], [8, 0], [0, BLOCK_P // 8], [0, BLOCK_P // 4], [0, BLOCK_P // 2]]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [BLOCK_S, BLOCK_P])
+def _values_layout(BLOCK_S, BYTES, WORD=4):
+    """[BLOCK_S, BYTES]: lane t has positions 4·t to 4·t + 3 of sixteen, lane g an eighth of the bytes, WORD at a time."""
+    registers = [[0, x] for x in _bits(1, WORD)] + [[1, 0], [2, 0]]
+    registers += [[0, x] for x in _bits(WORD, BYTES // 8)] + [[x, 0] for x in _bits(16, BLOCK_S)]
+    lanes = [[4, 0], [8, 0], [0, BYTES // 8], [0, BYTES // 4], [0, BYTES // 2]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [BLOCK_S, BYTES])
 
 
 @gluon.constexpr_function
-def _values_stage_layout(BLOCK_P):
-    """[BLOCK_S, BLOCK_P] in shared memory, so that few lanes of a phase read one bank."""
-    return gl.SwizzledSharedLayout(16, 2, BLOCK_P // 16, [1, 0])
+def _values_stage_layout(BYTES):
+    """[BLOCK_S, BYTES] in shared memory, so that few lanes of a phase read one bank."""
+    return gl.SwizzledSharedLayout(16, 2, BYTES // 16, [1, 0])
 
 
 @gluon.constexpr_function
@@ -101,9 +112,9 @@ def _columns_layout(BLOCK_R, BLOCK_D):
 
 
 @gluon.constexpr_function
-def _packed_block(head_dim):
-    """Bytes of codes a position that a program holds: `tuning.packed_block`, which compiled code cannot call."""
-    return max(32, 1 << (head_dim // 2 - 1).bit_length())
+def _packed_block(head_dim, v_bits):
+    """Pairs of coordinates that a program holds: a lane takes four bytes of codes of a value."""
+    return max(32 if v_bits == 4 else 64, 1 << (head_dim // 2 - 1).bit_length())
 
 
 @gluon.constexpr_function
@@ -141,7 +152,8 @@ def _rotated(q, signs_ptr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.c
 @gluon.jit
 def _query(
     q_ptr, signs_ptr, table_ptr, head, first_row, scale, R,
-    D: gl.constexpr, ROTATE: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+    D: gl.constexpr, K_BITS: gl.constexpr, ROTATE: gl.constexpr,
+    BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
     """Two left operands of BLOCK_R rows as in `gluon_scores`, and scale · step · 2^e of each row."""
     L: gl.constexpr = _query_layout(BLOCK_R, 2 * BLOCK_P)
@@ -153,7 +165,7 @@ def _query(
     if ROTATE:
         q = _rotated(q, signs_ptr, D, BLOCK_R, 2 * BLOCK_P)
     n, e = _fixed_point(q)
-    first, second = _query_operands(n, BLOCK_R, BLOCK_P, gl.DotOperandLayout(0, mma, 4))
+    first, second = _query_operands(n, BLOCK_R, BLOCK_P, K_BITS, gl.DotOperandLayout(0, mma, 4))
     power = gl.where(e == NOT_FINITE, float("nan"), ((e + 127) << 23).to(gl.float32, bitcast=True))
     factor = power * (gl.load(table_ptr + 4).to(gl.float32, bitcast=True) * scale)
     sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
@@ -162,17 +174,11 @@ def _query(
 
 @gluon.jit
 def _scores(
-    codes, norm, words, q_first, q_second, factor, SOFT_CAP: gl.constexpr,
+    codes, high, norm, words, q_first, q_second, factor, BITS: gl.constexpr, SOFT_CAP: gl.constexpr,
     BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
     """Logits [BLOCK_R, BLOCK_S] of a block of keys, times log2(e)."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    L: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
-    first, second = _levels(codes, words[0], words[1], words[2], words[3])
-    acc = gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma)
-    acc = mma_v2(q_first, _key_operand(first, BLOCK_S, BLOCK_P, L), acc)
-    acc = mma_v2(q_second, _key_operand(second, BLOCK_S, BLOCK_P, L), acc)
-    hi, lo = _sums(acc, BLOCK_R, BLOCK_S)
+    hi, lo = _products(codes, high, words, q_first, q_second, BITS, BLOCK_R, BLOCK_S, BLOCK_P)
     x = (hi * 128 + lo).to(gl.float32) * (_finite(norm)[None, :] * factor[:, None])
     if SOFT_CAP > 0:
         x = SOFT_CAP * LOG2E - 2 * SOFT_CAP * LOG2E / (1.0 + gl.exp2(x * (2 * LOG2E / SOFT_CAP)))
@@ -217,22 +223,44 @@ def _weights(p, norm, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr):
 
 
 @gluon.jit
-def _value_levels(codes, words):
-    """Levels of the high and of the low nibbles of `codes`, element (4a + i, 4b + j) that of byte (4a + j, 4b + i)."""
+def _value_levels(codes, high, words, BITS: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr):
+    """The int8 table entries of even and of odd coordinates, [BLOCK_S, pairs] each.
+
+    codes [BLOCK_S, BYTES]; at 3 bits of the low plane, with `high` [BLOCK_S, BYTES / 2] of the high one.
+    """
     codes = gl.inline_asm_elementwise(
         TRANSPOSE, "=&r,=&r,=&r,=r,r,r,r,r", [codes], dtype=gl.uint8, is_pure=True, pack=16
     )
-    return gl.inline_asm_elementwise(
-        LOOKUP_APART, LOOKUP_APART_CONSTRAINTS, [codes, words[0], words[1], words[2], words[3]],
-        dtype=(gl.int8, gl.int8), is_pure=True, pack=4,
-    )  # fmt: skip
+    codes = codes.reshape([BLOCK_S // 4, 4, BYTES // 4, 4]).permute([0, 3, 2, 1]).reshape([BLOCK_S, BYTES])
+    if BITS == 4:
+        even, odd = gl.inline_asm_elementwise(
+            LOOKUP_4, CONSTRAINTS_4, [codes, words[0], words[1], words[2], words[3]], dtype=(gl.int8, gl.int8),
+            is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        if BITS == 3:
+            high, shifted = gl.inline_asm_elementwise(
+                TRANSPOSE_HIGH, "=&r,=&r,=r,=r,r,r", [high], dtype=(gl.uint8, gl.uint8), is_pure=True, pack=8
+            )
+            high = gl.join(high, shifted).reshape([BLOCK_S // 4, 2, 2, BYTES // 4, 2, 2]).permute([0, 2, 4, 3, 1, 5])
+            high = gl.convert_layout(high.reshape([BLOCK_S, BYTES]), codes.type.layout, assert_trivial=True)
+            a, b, c, d = gl.inline_asm_elementwise(
+                LOOKUP_3, CONSTRAINTS_3, [codes, high, words[0], words[1]], dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+                is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            a, b, c, d = gl.inline_asm_elementwise(
+                LOOKUP_2, CONSTRAINTS_2, [codes, words[0]], dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+                is_pure=True, pack=4,
+            )  # fmt: skip
+        even, odd = gl.join(a, c).reshape([BLOCK_S, 2 * BYTES]), gl.join(b, d).reshape([BLOCK_S, 2 * BYTES])
+    return even, odd
 
 
 @gluon.jit
 def _value_sums(planes, levels, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr):
-    """Σ_s n[r, s] · level[s, byte] as float32 [BLOCK_R, BLOCK_P], byte 8·i + g being g·BLOCK_P/8 + i of a position."""
+    """Σ_s n[r, s] · level[s, pair] as float32 [BLOCK_R, BLOCK_P], pair 8·i + g being g·BLOCK_P/8 + i of a position."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    levels = levels.reshape([BLOCK_S // 4, 4, BLOCK_P // 4, 4]).permute([0, 3, 2, 1])
     levels = levels.reshape([BLOCK_S, 8, BLOCK_P // 8]).permute([0, 2, 1]).reshape([BLOCK_S, BLOCK_P])
     levels = gl.convert_layout(levels, gl.DotOperandLayout(1, mma, 4), assert_trivial=True)
     return _row_sums(mma_v2(planes, levels, gl.zeros([2 * BLOCK_R, BLOCK_P], gl.int32, mma)), BLOCK_R, BLOCK_P)
@@ -268,46 +296,110 @@ def _places(s, row, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: 
 
 @gluon.jit
 def _copy(
-    codes_ptr, norms_ptr, codes_to, norms_to, s, stop, pages_ptr, N, codes_stride_b, norms_stride_b,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+    stream, to, s, stop, pages_ptr, N,
+    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
+    BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of the codes and norms of positions from s on; what lies from `stop` on is undefined there."""
-    L: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BLOCK_P, BLOCK_P // 16], [1, 1], [1, 0])
-    LN: gl.constexpr = gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0])
-    row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
-    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, L))[None, :]
-    column = gl.arange(0, BLOCK_S, layout=LN)
-    codes_at, _ = _places(s, row, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S)
+    """Starts the copy of the codes and norms of positions from s on; what lies from `stop` on is undefined there.
+
+    `stream` is that of keys or of values: pointers to codes and norms, their strides between pages, and the shared
+    memory of codes, of the high plane and of norms. Returns whether the positions' pages exist.
+    """
+    codes_ptr, norms_ptr, codes_stride_b, norms_stride_b, codes_smem, high_smem, norms_smem = stream
+    BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
+    LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
+    WHOLE: gl.constexpr = 2 * BLOCK_P == D
+    column = gl.arange(0, BLOCK_S, layout=gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]))
     norms_at, exists = _places(s, column, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
-    codes_ptr += codes_at[:, None] + p
-    norms_ptr += norms_at
+    low, key, p = _plane(codes_ptr, s, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES)
+    if BITS == 3:
+        high, high_key, high_p = _plane(
+            codes_ptr + LIVE, s, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
+        )
     if s + BLOCK_S <= stop:
-        if 2 * BLOCK_P == D:
-            async_copy.async_copy_global_to_shared(codes_to, codes_ptr)
-        else:
-            async_copy.async_copy_global_to_shared(codes_to, codes_ptr, mask=(p < D // 2) & (row >= 0)[:, None])
-        async_copy.async_copy_global_to_shared(norms_to, norms_ptr)
+        _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, WHOLE)
+        if BITS == 3:
+            _copy_plane(high_smem.index(to), high, high_key, high_p, stop, D // 8, WHOLE)
+        async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr + norms_at)
     else:
-        inside = (s + row < stop)[:, None] & (p < D // 2)
-        async_copy.async_copy_global_to_shared(codes_to, codes_ptr, mask=inside)
-        async_copy.async_copy_global_to_shared(norms_to, norms_ptr, mask=s + column < stop)
+        _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, False)
+        if BITS == 3:
+            _copy_plane(high_smem.index(to), high, high_key, high_p, stop, D // 8, False)
+        async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr + norms_at, mask=s + column < stop)
     return exists
 
 
 @gluon.jit
-def _load(
-    codes_ptr, norms_ptr, s, stop, pages_ptr, N, codes_stride_b, norms_stride_b, L: gl.constexpr, LN: gl.constexpr,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+def _plane(
+    ptr, s, stop, pages_ptr, N, stride_b,
+    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Codes [BLOCK_S, BLOCK_P] and norms [BLOCK_S] of the positions from s on, zeros from `stop` on."""
+    """Where the bytes [BLOCK_S, BYTES] of a plane are, their positions and places."""
+    L: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [1, 1], [1, 0])
     row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
-    p = gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, L))[None, :]
+    p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
+    at, _ = _places(s, row, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
+    return ptr + (at[:, None] + p), (s + row)[:, None], p
+
+
+@gluon.jit
+def _load(
+    stream, s, stop, pages_ptr, N, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr,
+    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
+    BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+):  # fmt: skip
+    """Codes [BLOCK_S, bytes], high plane and norms [BLOCK_S] of the positions from s on, zeros from `stop` on."""
+    codes_ptr, norms_ptr, codes_stride_b, norms_stride_b = stream
+    BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
+    LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
+    codes = _load_bytes(
+        codes_ptr, s, stop, pages_ptr, N, codes_stride_b, L, LIVE, PAGE, STRIDE_S, BLOCK_S, BYTES
+    )  # fmt: skip
+    high = codes
+    if BITS == 3:
+        high = _load_bytes(
+            codes_ptr + LIVE, s, stop, pages_ptr, N, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
+        )
     column = gl.arange(0, BLOCK_S, layout=LN)
-    codes_at, _ = _places(s, row, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S)
     norms_at, exists = _places(s, column, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
-    inside = (s + row < stop)[:, None] & (p < D // 2)
-    codes = gl.load(codes_ptr + codes_at[:, None] + p, mask=inside, other=0)
-    return codes, gl.load(norms_ptr + norms_at, mask=s + column < stop, other=0.0), exists
+    return codes, high, gl.load(norms_ptr + norms_at, mask=s + column < stop, other=0.0), exists
+
+
+@gluon.jit
+def _load_bytes(
+    ptr, s, stop, pages_ptr, N, stride_b, L: gl.constexpr, LIVE: gl.constexpr,
+    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
+    p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
+    at, _ = _places(s, row, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
+    return gl.load(ptr + (at[:, None] + p), mask=(s + row < stop)[:, None] & (p < LIVE), other=0)
+
+
+@gluon.jit
+def _stages(
+    stream, STAGES: gl.constexpr, L: gl.constexpr, BITS: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr
+):
+    """A stream with its shared memory, as `_copy` takes it."""
+    codes_ptr, norms_ptr, codes_stride_b, norms_stride_b = stream
+    plain: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
+    codes_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BYTES], L)
+    high_smem = codes_smem
+    if BITS == 3:
+        high_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BYTES // 2], plain)
+    norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return codes_ptr, norms_ptr, codes_stride_b, norms_stride_b, codes_smem, high_smem, norms_smem
+
+
+@gluon.jit
+def _staged(stream, stage, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr, BITS: gl.constexpr):
+    """Codes, high plane and norms of a block that has arrived."""
+    _, _, _, _, codes_smem, high_smem, norms_smem = stream
+    codes = codes_smem.index(stage).load(L)
+    high = codes
+    if BITS == 3:
+        high = high_smem.index(stage).load(LH)
+    return codes, high, norms_smem.index(stage).load(LN)
 
 
 @gluon.jit
@@ -386,7 +478,7 @@ def attention_kernel(
     BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    BLOCK_P: gl.constexpr = _packed_block(D)
+    BLOCK_P: gl.constexpr = _packed_block(D, V_BITS)
     split = gl.program_id(0) % splits
     head = (gl.program_id(0) // splits).to(gl.int64)
     batch, kv_head = head // K, head % K
@@ -419,33 +511,30 @@ def attention_kernel(
     if PAGE > 0:
         pages_ptr += batch * M
 
-    LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
-    LV: gl.constexpr = _values_layout(BLOCK_S, BLOCK_P)
+    K_BYTES: gl.constexpr = _code_bytes(BLOCK_P, K_BITS)
+    V_BYTES: gl.constexpr = _code_bytes(BLOCK_P, V_BITS)
+    LK: gl.constexpr = _codes_layout(BLOCK_S, K_BYTES)
+    LKH: gl.constexpr = _codes_layout(BLOCK_S, K_BYTES // 2)
+    LV: gl.constexpr = _values_layout(BLOCK_S, V_BYTES)
+    LVH: gl.constexpr = _values_layout(BLOCK_S, V_BYTES // 2, 2)
     LN: gl.constexpr = gl.SliceLayout(0, LS)
-    LC: gl.constexpr = gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]) if STAGES > 1 else LN
-    missing = gl.zeros([BLOCK_S], gl.int32, LC)
+    keys = k_codes_ptr, k_norms_ptr, k_codes_stride_b, k_norms_stride_b
+    values = v_codes_ptr, v_norms_ptr, v_codes_stride_b, v_norms_stride_b
+    missing = gl.zeros([BLOCK_S], gl.int32, gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]) if STAGES > 1 else LN)
     if STAGES > 1:
-        k_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BLOCK_P], _stage_layout(BLOCK_P))
-        v_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BLOCK_P], _values_stage_layout(BLOCK_P))
-        k_norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        v_norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        keys = _stages(keys, STAGES, _stage_layout(K_BYTES), K_BITS, BLOCK_S, K_BYTES)
+        values = _stages(values, STAGES, _values_stage_layout(V_BYTES), V_BITS, BLOCK_S, V_BYTES)
         for i in gl.static_range(STAGES - 1):
             s = start + i * BLOCK_S
             if s < stop:
-                exists = _copy(
-                    k_codes_ptr, k_norms_ptr, k_smem.index(i), k_norms_smem.index(i), s, stop, pages_ptr, N,
-                    k_codes_stride_b, k_norms_stride_b, PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
-                )  # fmt: skip
-                _copy(
-                    v_codes_ptr, v_norms_ptr, v_smem.index(i), v_norms_smem.index(i), s, stop, pages_ptr, N,
-                    v_codes_stride_b, v_norms_stride_b, PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
-                )  # fmt: skip
+                exists = _copy(keys, i, s, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
+                _copy(values, i, s, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
                 missing |= gl.where(exists, 0, 1)
             async_copy.commit_group()
 
     # The query rows, while the copies are under way.
     q_first, q_second, factor = _query(
-        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale * natural, R, D, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
+        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale * natural, R, D, K_BITS, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
     )
     k_words, v_words = _words(k_table_ptr, zero), _words(v_table_ptr, zero)
     m = gl.full([BLOCK_R], LOWEST, gl.float32, gl.SliceLayout(1, LS))
@@ -453,34 +542,26 @@ def attention_kernel(
     for block in range(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S)):
         s = start + block * BLOCK_S
         if STAGES > 1:
-            stage, ahead = block % STAGES, block + STAGES - 1
             async_copy.wait_group(STAGES - 2)
-            k_codes, k_norm = k_smem.index(stage).load(LK), k_norms_smem.index(stage).load(LN)
-            v_codes, v_norm = v_smem.index(stage).load(LV), v_norms_smem.index(stage).load(LN)
-            s_ahead = start + ahead * BLOCK_S
-            if s_ahead < stop:
-                to = ahead % STAGES
-                exists = _copy(
-                    k_codes_ptr, k_norms_ptr, k_smem.index(to), k_norms_smem.index(to), s_ahead, stop, pages_ptr, N,
-                    k_codes_stride_b, k_norms_stride_b, PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
-                )  # fmt: skip
-                _copy(
-                    v_codes_ptr, v_norms_ptr, v_smem.index(to), v_norms_smem.index(to), s_ahead, stop, pages_ptr, N,
-                    v_codes_stride_b, v_norms_stride_b, PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
-                )  # fmt: skip
+            k_codes, k_high, k_norm = _staged(keys, block % STAGES, LK, LKH, LN, K_BITS)
+            v_codes, v_high, v_norm = _staged(values, block % STAGES, LV, LVH, LN, V_BITS)
+            ahead, to = s + (STAGES - 1) * BLOCK_S, (block + STAGES - 1) % STAGES
+            if ahead < stop:
+                exists = _copy(keys, to, ahead, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
+                _copy(values, to, ahead, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
                 missing |= gl.where(exists, 0, 1)
             async_copy.commit_group()
         else:
-            k_codes, k_norm, exists = _load(
-                k_codes_ptr, k_norms_ptr, s, stop, pages_ptr, N, k_codes_stride_b, k_norms_stride_b, LK, LN,
-                PAGE, K_STRIDE_S, D, BLOCK_S, BLOCK_P,
-            )  # fmt: skip
-            v_codes, v_norm, exists = _load(
-                v_codes_ptr, v_norms_ptr, s, stop, pages_ptr, N, v_codes_stride_b, v_norms_stride_b, LV, LN,
-                PAGE, V_STRIDE_S, D, BLOCK_S, BLOCK_P,
-            )  # fmt: skip
+            k_codes, k_high, k_norm, exists = _load(
+                keys, s, stop, pages_ptr, N, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
+            )
+            v_codes, v_high, v_norm, exists = _load(
+                values, s, stop, pages_ptr, N, LV, LVH, LN, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P
+            )
             missing |= gl.where(exists, 0, 1)
-        x = _scores(k_codes, k_norm, k_words, q_first, q_second, factor, SOFT_CAP, BLOCK_R, BLOCK_S, BLOCK_P)
+        x = _scores(
+            k_codes, k_high, k_norm, k_words, q_first, q_second, factor, K_BITS, SOFT_CAP, BLOCK_R, BLOCK_S, BLOCK_P
+        )
         if (s < all_from) | (s + BLOCK_S > all_to):
             position = s + column
             seen = _visible(place, position[None, :], left, right, CAUSAL, WINDOW) & (position < stop)[None, :]
@@ -494,9 +575,9 @@ def attention_kernel(
         planes, unit = _weights(p, v_norm, BLOCK_R, BLOCK_S)
         decay = gl.convert_layout(decay, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
         unit = gl.convert_layout(unit, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
-        v_high, v_low = _value_levels(v_codes, v_words)
-        even = gl.fma(unit, _value_sums(planes, v_high, BLOCK_R, BLOCK_S, BLOCK_P), even * decay)
-        odd = gl.fma(unit, _value_sums(planes, v_low, BLOCK_R, BLOCK_S, BLOCK_P), odd * decay)
+        v_even, v_odd = _value_levels(v_codes, v_high, v_words, V_BITS, BLOCK_S, V_BYTES)
+        even = gl.fma(unit, _value_sums(planes, v_even, BLOCK_R, BLOCK_S, BLOCK_P), even * decay)
+        odd = gl.fma(unit, _value_sums(planes, v_odd, BLOCK_R, BLOCK_S, BLOCK_P), odd * decay)
 
     if PAGE > 0:
         total = gl.where(gl.max(missing, 0) > 0, float("nan"), total)
