@@ -282,7 +282,7 @@ def _page(pages_ptr, position, inside, N, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _places(s, row, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
+def _places(s, row, first, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
     """Offsets of positions s + row in an array with that stride between pages, and whether their pages exist."""
     if PAGE == 0:
         return s.to(gl.int64) * STRIDE_S + row * STRIDE_S, row >= 0
@@ -290,13 +290,13 @@ def _places(s, row, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: 
         page, exists = _page(pages_ptr, s, s < stop, N, PAGE)
         return page * stride_b + (s % PAGE) * STRIDE_S + row * STRIDE_S, exists & (row >= 0)
     else:
-        page, exists = _page(pages_ptr, s + row, s + row < stop, N, PAGE)
+        page, exists = _page(pages_ptr, s + row, (s + row >= first) & (s + row < stop), N, PAGE)
         return page * stride_b + (s + row) % PAGE * STRIDE_S, exists
 
 
 @gluon.jit
 def _copy(
-    stream, to, s, stop, pages_ptr, N,
+    stream, to, s, first, stop, pages_ptr, N,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
     BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
@@ -310,11 +310,11 @@ def _copy(
     LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
     WHOLE: gl.constexpr = 2 * BLOCK_P == D
     column = gl.arange(0, BLOCK_S, layout=gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]))
-    norms_at, exists = _places(s, column, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
-    low, key, p = _plane(codes_ptr, s, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES)
+    norms_at, exists = _places(s, column, first, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
+    low, key, p = _plane(codes_ptr, s, first, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES)
     if BITS == 3:
         high, high_key, high_p = _plane(
-            codes_ptr + LIVE, s, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
+            codes_ptr + LIVE, s, first, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
         )
     if s + BLOCK_S <= stop:
         _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, WHOLE)
@@ -331,20 +331,20 @@ def _copy(
 
 @gluon.jit
 def _plane(
-    ptr, s, stop, pages_ptr, N, stride_b,
+    ptr, s, first, stop, pages_ptr, N, stride_b,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """Where the bytes [BLOCK_S, BYTES] of a plane are, their positions and places."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [1, 1], [1, 0])
     row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    at, _ = _places(s, row, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
+    at, _ = _places(s, row, first, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
     return ptr + (at[:, None] + p), (s + row)[:, None], p
 
 
 @gluon.jit
 def _load(
-    stream, s, stop, pages_ptr, N, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr,
+    stream, s, first, stop, pages_ptr, N, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
     BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
@@ -353,26 +353,26 @@ def _load(
     BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
     LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
     codes = _load_bytes(
-        codes_ptr, s, stop, pages_ptr, N, codes_stride_b, L, LIVE, PAGE, STRIDE_S, BLOCK_S, BYTES
+        codes_ptr, s, first, stop, pages_ptr, N, codes_stride_b, L, LIVE, PAGE, STRIDE_S, BLOCK_S, BYTES
     )  # fmt: skip
     high = codes
     if BITS == 3:
         high = _load_bytes(
-            codes_ptr + LIVE, s, stop, pages_ptr, N, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
+            codes_ptr + LIVE, s, first, stop, pages_ptr, N, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
         )
     column = gl.arange(0, BLOCK_S, layout=LN)
-    norms_at, exists = _places(s, column, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
+    norms_at, exists = _places(s, column, first, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
     return codes, high, gl.load(norms_ptr + norms_at, mask=s + column < stop, other=0.0), exists
 
 
 @gluon.jit
 def _load_bytes(
-    ptr, s, stop, pages_ptr, N, stride_b, L: gl.constexpr, LIVE: gl.constexpr,
+    ptr, s, first, stop, pages_ptr, N, stride_b, L: gl.constexpr, LIVE: gl.constexpr,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    at, _ = _places(s, row, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
+    at, _ = _places(s, row, first, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
     return gl.load(ptr + (at[:, None] + p), mask=(s + row < stop)[:, None] & (p < LIVE), other=0)
 
 
@@ -527,8 +527,8 @@ def attention_kernel(
         for i in gl.static_range(STAGES - 1):
             s = start + i * BLOCK_S
             if s < stop:
-                exists = _copy(keys, i, s, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
-                _copy(values, i, s, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
+                exists = _copy(keys, i, s, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
+                _copy(values, i, s, first, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
                 missing |= gl.where(exists, 0, 1)
             async_copy.commit_group()
 
@@ -547,16 +547,16 @@ def attention_kernel(
             v_codes, v_high, v_norm = _staged(values, block % STAGES, LV, LVH, LN, V_BITS)
             ahead, to = s + (STAGES - 1) * BLOCK_S, (block + STAGES - 1) % STAGES
             if ahead < stop:
-                exists = _copy(keys, to, ahead, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
-                _copy(values, to, ahead, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
+                exists = _copy(keys, to, ahead, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
+                _copy(values, to, ahead, first, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
                 missing |= gl.where(exists, 0, 1)
             async_copy.commit_group()
         else:
             k_codes, k_high, k_norm, exists = _load(
-                keys, s, stop, pages_ptr, N, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
+                keys, s, first, stop, pages_ptr, N, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
             )
             v_codes, v_high, v_norm, exists = _load(
-                values, s, stop, pages_ptr, N, LV, LVH, LN, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P
+                values, s, first, stop, pages_ptr, N, LV, LVH, LN, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P
             )
             missing |= gl.where(exists, 0, 1)
         x = _scores(
