@@ -80,7 +80,7 @@ if CUDA and torch.cuda.get_device_capability()[0] == 9:
         Backend("tqjax-gluon", tqjax, "gluon"),
         Backend("tqjax-gluon-traced", tqjax, "gluon", traced=True),
     ]
-ATTENTION_BACKENDS = [b for b in BACKENDS if b.package is tq_torch or b.implementation == "xla"]
+ATTENTION_BACKENDS = BACKENDS
 PACKAGES = [tqcore, tqjax, tq_torch]
 
 
