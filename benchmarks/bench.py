@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COPY_BYTES = 2**32
 DRY_BYTES = 2**20
-CASE_KEYS = ("B", "K", "G", "S", "T", "D")
+CASE_KEYS = ("B", "K", "G", "S", "T", "D", "bits")
 RATIOS = ("vs_bf16", "vs_bf16_f32out", "vs_fp32", "vs_fp32_highest", "vs_original", "vs_floor")
 
 

@@ -56,9 +56,14 @@ class Backend:
         query, keys, values, arrays = attention_arguments(self.package, inputs)
         function = partial(self.package.attention, **inputs.static, return_lse=True, implementation=self.implementation)
         with POISONED[self.package.__name__](inputs.query.shape), np.errstate(all="ignore"):
-            out, lse = (jax.jit(function) if self.traced else function)(query, keys, values, **arrays)
+            out, lse = (_compiled(function) if self.traced else function)(query, keys, values, **arrays)
         out = out.float() if out.dtype == torch.bfloat16 else out
         return to_numpy(out), to_numpy(lse)
+
+
+def _compiled(function):
+    """By JAX; on a CPU, where Pallas' interpreter is a large program that runs once, without optimising it."""
+    return jax.jit(function, compiler_options=None if CUDA else {"xla_backend_optimization_level": 0})
 
 
 BACKENDS = [
@@ -80,7 +85,8 @@ if CUDA and torch.cuda.get_device_capability()[0] == 9:
         Backend("tqjax-gluon", tqjax, "gluon"),
         Backend("tqjax-gluon-traced", tqjax, "gluon", traced=True),
     ]
-ATTENTION_BACKENDS = [b for b in BACKENDS if b.package is tq_torch or b.implementation == "xla"]
+ATTENTION_BACKENDS = BACKENDS
+EVERY_CASE = [b for b in BACKENDS if b.traced == (b.implementation == "pallas_triton" and not CUDA)]
 PACKAGES = [tqcore, tqjax, tq_torch]
 
 

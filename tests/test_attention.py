@@ -17,6 +17,7 @@ from attention_cases import (
 )
 from backends import (
     ATTENTION_BACKENDS,
+    EVERY_CASE,
     PACKAGES,
     assert_close_attention,
     assert_same_bits,
@@ -33,7 +34,7 @@ import tqcore
 from tqcore.quantizer import PackedVectors, Quantizer
 
 by_name = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-by_backend = pytest.mark.parametrize("backend", [b for b in ATTENTION_BACKENDS if not b.traced], ids=str)
+by_backend = pytest.mark.parametrize("backend", EVERY_CASE, ids=str)
 
 
 def attention(package, inputs, **changed):
@@ -94,7 +95,7 @@ def test_attention(backend, case):
 
 
 @pytest.mark.parametrize("case", [EVERYTHING, replace(EVERYTHING, centers=("head", "varying"))], ids=str)
-@pytest.mark.parametrize("backend", [b for b in ATTENTION_BACKENDS if b.traced], ids=str)
+@pytest.mark.parametrize("backend", [b for b in ATTENTION_BACKENDS if b not in EVERY_CASE], ids=str)
 def test_traced_attention(backend, case):
     check(backend, case)
 
@@ -120,7 +121,7 @@ def test_traced_attention(backend, case):
         sinks=st.booleans(),
         splits=st.sampled_from([None, 3]),
     ).filter(lambda case: not case.qjl[0] or case.bits[0] > 1),
-    backend=st.sampled_from([backend for backend in ATTENTION_BACKENDS if not backend.traced]),
+    backend=st.sampled_from(EVERY_CASE),
 )
 def test_any_shape(case, backend):
     check(backend, case)

@@ -294,9 +294,10 @@ def test_torch_opcheck_of_dequantize():
 
 
 @pytest.mark.gpu
-def test_torch_cuda_graph():
+@pytest.mark.parametrize("case", [EVERY_PART, EVERYTHING], ids=str)  # eager, and the best kernel
+def test_torch_cuda_graph(case):
     """Which also shows that nothing waits for the device; lengths and pages change between replays."""
-    inputs = attention_inputs(EVERY_PART)
+    inputs = attention_inputs(case)
     query, keys, values, arrays = attention_arguments(tq_torch, inputs)
     lengths = arrays["kv_lengths"].clone()
     function = partial(tq_torch.attention, query, keys, values, **arrays, **inputs.static, return_lse=True)

@@ -196,12 +196,13 @@ def test_report_falls_back_to_the_file(tmp_path):
 
 def test_every_row_of_the_issue_is_timed():
     cases = inputs.CASES
-    assert str(next(iter(cases))) == "B8 K8 G4 S32768 T1 D128"
+    assert str(next(iter(cases))) == "B8 K8 G4 S32768 T1 D128 bits4"
     assert {case.S for case in cases if (case.B, case.T) == (1, 1)} >= {2**n for n in (10, 12, 14, 16, 17, 18, 20)}
     assert {case.T for case in cases if (case.B, case.S) == (1, 8192)} == {16, 128, 1024}
     assert {case.G for case in cases} == {1, 4, 8, 16} and {case.D for case in cases} == {64, 96, 128, 256}
+    assert {case.bits for case in cases if case.S == 32768} == {2, 3, 4}
     for case in cases:
-        between_uses = sum(case.bursts) * case.bytes(case.D // 2, 2)
+        between_uses = sum(case.bursts) * case.bytes(case.packed_dim, 2)
         assert between_uses >= inputs.CACHE_BYTES and sum(case.bursts) >= 4
         assert len(set(case.bursts)) == 1  # one compilation for all bursts
 

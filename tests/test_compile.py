@@ -73,7 +73,8 @@ def gluon_queries_kernel(head_dim, bits, planes, rows, dtype, capability, **opti
 
 def gluon_long_kernel(head_dim, bits, planes, rows, dtype, capability, **options):
     config = tuning.score_config("gluon_long", 8 * rows, KEYS, HEADS, head_dim)
-    constants = score_constants(config, head_dim, bits, planes, packed_dim(head_dim, bits)) | {"STAGES": config.num_stages}
+    constants = score_constants(config, head_dim, bits, planes, packed_dim(head_dim, bits))
+    constants["STAGES"] = config.num_stages
     first = {"planes_ptr": "*i8", "factor_ptr": "*fp32"}
     return _compiled(gluon_long_scores.scores_kernel, first, constants, config, capability, options)
 

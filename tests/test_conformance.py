@@ -46,10 +46,10 @@ def test_scores(backend, case):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("table", ["dyadic", "random"])
+@pytest.mark.parametrize(("table", "bits"), [("dyadic", 4), ("random", 4), ("random", 3), ("dyadic", 2)])
 @pytest.mark.parametrize("kernel", ["pallas_triton", "triton", *(["gluon", "gluon_long"] if GLUON else [])])
-def test_every_launch_configuration(kernel, table, config):
-    given = inputs(Case(B=1, K=2, G=3, T=23 if kernel == "gluon_long" else 3, S=777, D=128, table=table))
+def test_every_launch_configuration(kernel, table, bits, config):
+    given = inputs(Case(B=1, K=2, G=3, T=23 if kernel == "gluon_long" else 3, S=777, D=128, table=table, bits=bits))
     words = fixed_point.score_table(given.centroids).words
     unit_words = fixed_point.score_words(given.centroids, given.scale)
     of_gluon = {
@@ -92,10 +92,11 @@ def test_any_shape(case, backend):
     assert_same_bits(backend.scores(given), oracle(given))
 
 
-def test_strided_cache_is_read_in_place():
-    given = inputs(replace(BASE, B=2, K=3, S=100, D=128))
+@pytest.mark.parametrize("bits", lookup.BITS)
+def test_strided_cache_is_read_in_place(bits):
+    given = inputs(replace(BASE, B=2, K=3, S=100, D=128, bits=bits))
     q, codes, norms, centroids = (to_array(tq_torch, x) for x in given.arrays)
-    buffer = torch.full((2, 3, 160, 64), 255, dtype=torch.uint8, device=codes.device)
+    buffer = torch.full((2, 3, 160, 16 * bits), 255, dtype=torch.uint8, device=codes.device)
     norm_buffer = torch.full((2, 3, 160), float("nan"), device=codes.device)
     buffer[:, :, 7:107], norm_buffer[:, :, 7:107] = codes, norms
     for implementation in ("eager", "triton", *(["gluon"] if GLUON else [])):

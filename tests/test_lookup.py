@@ -1,4 +1,4 @@
-"""The look-ups in PTX, which no interpreter runs, executed here instruction by instruction, against `packing.unpack`."""
+"""The look-ups in PTX, which no interpreter runs, executed here instruction by instruction."""
 
 import re
 

@@ -59,7 +59,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
     result = out if unrotated else out.new_empty(out.shape, dtype=torch.float32)
     load("merge")[(kv * rows,)](
         parts, ml, words[1], _signs(values, query.device), kv_lengths, sinks, result, lse,
-        kv_heads, rows, steps, positions,
+        kv_heads, rows, steps, positions, config.splits,
         **merge_constants(config.splits, values.quantizer, sinks is not None), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return (out if unrotated else out.copy_(ops.unrotate(result, values.quantizer))), lse

@@ -39,9 +39,7 @@ def fused_qk_scores(
     norms = norms if norms.stride(2) == 1 else norms.contiguous()
     out = q.new_empty(batch, heads, length, keys, dtype=torch.float32)
     strides = codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1)
-    constants = score_constants(
-        config, head_dim, code_bits(packed_dim, head_dim), words.shape[0] // 4, codes.stride(2)
-    )
+    constants = score_constants(config, head_dim, code_bits(packed_dim, head_dim), words.shape[0] // 4, codes.stride(2))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     sizes = (*strides, kv_heads, rows, keys, config.blocks)
     if name == "gluon_long":

@@ -13,8 +13,14 @@ from tqcore.kernels import can_load, gluon_is_tested
 from tqcore.quantizer import PackedVectors
 from tqjax import device, ops, triton_attention, triton_call, xla_attention
 
-IMPLEMENTATIONS = ("xla", "triton", "gluon")
+try:
+    from tqjax import pallas_attention
+except ImportError:  # a JAX without Pallas-Triton
+    pallas_attention = None
+
+IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
 NEEDS = {
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton",
     "triton": "'triton' needs CUDA, an installed Triton",
     "gluon": "'gluon' needs a Hopper device, an installed Triton with Gluon",
 }
@@ -60,9 +66,10 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "xla" (any device), "triton" (CUDA, an installed Triton, 2 to 4 bits, D up to 256, no residual,
-        no center that varies along S), "gluon" (the same on a Hopper device), or None: on CUDA the first of gluon (if
-        all devices are Hoppers), triton and xla that can do the case; xla elsewhere.
+      implementation: "xla" (any device), "pallas_triton" (CUDA, 2 to 4 bits, D up to 256, no residual, no center that
+        varies along S; interpreted on a CPU), "triton" (the same with an installed Triton, CUDA alone), "gluon" (the
+        same on a Hopper device), or None: on CUDA the first of gluon (if all devices are Hoppers), triton,
+        pallas_triton and xla that can do the case; xla elsewhere.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
@@ -126,11 +133,17 @@ def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
     arrays = query, keys, values, kv_lengths, page_table, sinks
-    kernel = functools.partial(_centered, functools.partial(triton_attention.attention, implementation=name), options)
-    if not by_platform:
+    if name == "pallas_triton":
+        attend, elsewhere = pallas_attention.attention, functools.partial(pallas_attention.attention, interpret=True)
+    else:
+        attend = elsewhere = functools.partial(triton_attention.attention, implementation=name)
+    kernel = functools.partial(_centered, attend, options)
+    if by_platform:
+        plain = functools.partial(xla_attention.attention, options=options)
+        return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+    if attend is elsewhere:
         return kernel(*arrays)
-    plain = functools.partial(xla_attention.attention, options=options)
-    return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+    return lax.platform_dependent(*arrays, cuda=kernel, cpu=functools.partial(_centered, elsewhere, options))
 
 
 def _kernel_forward(*arguments):
@@ -160,18 +173,23 @@ def _choose(implementation, keys, values, page_table, options):
     """The implementation asked for, or the best that can, on CUDA."""
     if implementation == "xla":
         return "xla"
-    takes = triton_call.INSTALLED and softmax.kernels_take(keys, values, page_table, options)
+    kernels = _kernels() if softmax.kernels_take(keys, values, page_table, options) else []
     if implementation is None:
-        if not takes or not device.cuda_devices():
-            return "xla"
-        gluon = device.all_hopper() and gluon_is_tested() and can_load(triton_attention.KERNELS["gluon"])
-        return "gluon" if gluon else "triton"
-    if not takes or (implementation == "gluon" and not can_load(triton_attention.KERNELS["gluon"])):
+        best = next((name for name in kernels if name != "gluon" or (device.all_hopper() and gluon_is_tested())), "xla")
+        return best if device.cuda_devices() else "xla"
+    if implementation not in kernels:
         raise NotImplementedError(
             f"{NEEDS[implementation]}, {softmax.KERNEL_NEEDS}, got {softmax.kernels_got(keys, values, options)}; "
             "'xla' has no such need."
         )
     return implementation
+
+
+@functools.cache
+def _kernels() -> list[str]:
+    """What there is here, the best first."""
+    found = [name for name, kernel in triton_attention.KERNELS.items() if triton_call.INSTALLED and can_load(kernel)]
+    return [*sorted(found), *(["pallas_triton"] if pallas_attention else [])]
 
 
 def _on_host(x):

@@ -129,10 +129,10 @@ def fused_qk_scores(
       scale: finite; usually 1/√D. A Python number, also under `jit`.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "xla" (any device), "pallas_triton" (CUDA, 2 to 4 bits, D up to 256; interpreted on a CPU), "triton"
-        (CUDA and an installed Triton, 2 to 4 bits, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
-        gluon (if all devices are Hoppers and the keys not few), pallas_triton, triton and xla that can do the case;
-        xla elsewhere.
+      implementation: "xla" (any device), "pallas_triton" (CUDA, 2 to 4 bits, D up to 256; interpreted on a CPU),
+        "triton" (CUDA and an installed Triton, 2 to 4 bits, D up to 256), "gluon" (the same, Hopper), or None: on CUDA
+        the first of gluon (if all devices are Hoppers and the keys not few), pallas_triton, triton and xla that can do
+        the case; xla elsewhere.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.

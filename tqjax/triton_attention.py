@@ -97,6 +97,7 @@ def _attention(query, *arrays, given, quantizers, options, implementation, confi
     outs = jax.ShapeDtypeStruct(query.shape, query.dtype if unrotated else jnp.float32), _float(query.shape[:3])
     signs = {} if unrotated else {"signs_ptr": None}
     constants = merge_constants(config.splits, values.quantizer, sinks is not None) | sizes | signs
+    constants["splits"] = config.splits
     given = [*parts, _words(values), *_signs(values), kv_lengths]
     if sinks is None:
         constants["sinks_ptr"] = None

@@ -86,7 +86,6 @@ def attention_constants(
 def merge_constants(splits: int, values: Quantizer, sinks: bool) -> dict[str, Any]:
     """What the kernel that joins the parts of attention is compiled for."""
     return {
-        "SPLITS": splits,
         "BLOCK_SPLITS": tuning.next_power_of_two(splits),
         "D": values.head_dim,
         "BLOCK_D": tuning.next_power_of_two(values.head_dim),

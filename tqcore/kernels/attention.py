@@ -277,8 +277,8 @@ def attention_kernel(
 
 @triton.jit
 def merge_kernel(
-    out_ptr,  # [B·K, SPLITS, R, D] float32 of attention_kernel
-    ml_ptr,  # [B·K, SPLITS, 2, R] float32
+    out_ptr,  # [B·K, splits, R, D] float32 of attention_kernel
+    ml_ptr,  # [B·K, splits, 2, R] float32
     v_table_ptr,  # [5] int32
     signs_ptr,  # [D] float32: of the values' Hadamard rotation; not read where the output stays rotated
     lengths_ptr,  # [B] int32
@@ -289,7 +289,7 @@ def merge_kernel(
     R,
     T,
     S,
-    SPLITS: tl.constexpr,
+    splits,
     BLOCK_SPLITS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -297,11 +297,11 @@ def merge_kernel(
     UNROTATE: tl.constexpr,
 ):
     head, r = tl.program_id(0) // R, tl.program_id(0) % R
-    batch, first = head // K, head.to(tl.int64) * SPLITS
+    batch, first = head // K, head.to(tl.int64) * splits
     i, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
     ml_ptr += first * 2 * R + r
-    m = tl.load(ml_ptr + i * (2 * R), mask=i < SPLITS, other=float("-inf"))
-    visible = tl.load(ml_ptr + i * (2 * R) + R, mask=i < SPLITS, other=0.0)
+    m = tl.load(ml_ptr + i * (2 * R), mask=i < splits, other=float("-inf"))
+    visible = tl.load(ml_ptr + i * (2 * R) + R, mask=i < splits, other=0.0)
     peak = tl.max(m)
     if SINKS:
         sink = tl.load(sinks_ptr + head % K * (R // T) + r // T)
@@ -316,11 +316,11 @@ def merge_kernel(
     CHUNK: tl.constexpr = 8 if BLOCK_SPLITS > 8 else BLOCK_SPLITS
     i = tl.arange(0, CHUNK)
     out = tl.zeros([BLOCK_D], tl.float32)
-    for chunk in range(0, SPLITS, CHUNK):
+    for chunk in range(0, splits, CHUNK):
         split = chunk + i
-        weight = tl.exp2(tl.load(ml_ptr + split * (2 * R), mask=split < SPLITS, other=float("-inf")) - peak)
+        weight = tl.exp2(tl.load(ml_ptr + split * (2 * R), mask=split < splits, other=float("-inf")) - peak)
         row = (first + split) * R + r
-        live = (split[:, None] < SPLITS) & (d[None, :] < D)
+        live = (split[:, None] < splits) & (d[None, :] < D)
         out += tl.sum(tl.load(out_ptr + row[:, None] * D + d[None, :], mask=live, other=0.0) * weight[:, None], 0)
     out = out * (tl.load(v_table_ptr + 4).to(tl.float32, bitcast=True) / tl.where(total == 0.0, 1.0, total))
     if UNROTATE:

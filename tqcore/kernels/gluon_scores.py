@@ -5,8 +5,8 @@
 Reads P + 4 bytes a key, P = D·BITS/8, once for all R = T·G query rows of a key head, and writes 4·R bytes.
 Equals `tqcore.reference.fused_qk_scores` bit for bit. A program is one warp, lane 4·g + t of which holds
 
-    keys     two of sixteen, bytes t·P/4 to (t+1)·P/4 of each (at 3 bits, of each plane): what `prmt` returns is the right-hand operand of
-             m16n8k32, if the query's columns are permuted alike
+    keys     two of sixteen, of each plane bytes t·P/4 to (t+1)·P/4 of its P: what `prmt` returns is the right-hand
+             operand of m16n8k32, if the query's columns are permuted alike
     query    row g of eight, the same quarter of its coordinates, as hi and lo planes: operand rows g and g + 8
     scores   row g of eight against keys 4·t to 4·t + 3 of sixteen: hi and lo sums are two accumulators of the lane
 
@@ -156,10 +156,7 @@ def _query_operands(n, BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr, BITS: gl.co
     lo = n - 128 * hi
     planes = gl.join(hi.to(gl.int8), lo.to(gl.int8))
     planes = planes.reshape([BLOCK_R // 8, 8, 4, BLOCK_P // 16, 2, 2, 2, 2])
-    if BITS == 4:
-        planes = planes.permute([0, 7, 1, 3, 2, 5, 4, 6])
-    else:
-        planes = planes.permute([0, 7, 1, 3, 2, 4, 6, 5])
+    planes = planes.permute([0, 7, 1, 3, 2, 5, 4, 6]) if BITS == 4 else planes.permute([0, 7, 1, 3, 2, 4, 6, 5])
     front, back = gl.split(planes)
     first, second = gl.split(gl.join(back, front).permute([0, 1, 2, 3, 4, 5, 7, 6]))
     first, second = first.reshape([2 * BLOCK_R, BLOCK_P]), second.reshape([2 * BLOCK_R, BLOCK_P])

@@ -65,7 +65,7 @@ SHIFT_CONSTRAINTS = "=r,r"
 
 
 def in_order(bits: int) -> str:
-    """Levels of field 0, 1, … of each byte, FIELDS[bits] results of int8: those of a byte are a coordinate's in turn."""
+    """FIELDS[bits] results of int8: the levels of field 0 of each byte, of field 1, …, in the order of coordinates."""
     return _program(bits, [_field(bits, field) for field in range(FIELDS[bits])])
 
 
