@@ -282,7 +282,9 @@ def _page(pages_ptr, position, inside, N, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _places(s, row, first, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
+def _places(
+    s, row, first, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr
+):
     """Offsets of positions s + row in an array with that stride between pages, and whether their pages exist."""
     if PAGE == 0:
         return s.to(gl.int64) * STRIDE_S + row * STRIDE_S, row >= 0
@@ -358,7 +360,19 @@ def _load(
     high = codes
     if BITS == 3:
         high = _load_bytes(
-            codes_ptr + LIVE, s, first, stop, pages_ptr, N, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
+            codes_ptr + LIVE,
+            s,
+            first,
+            stop,
+            pages_ptr,
+            N,
+            codes_stride_b,
+            LH,
+            D // 8,
+            PAGE,
+            STRIDE_S,
+            BLOCK_S,
+            BYTES // 2,
         )
     column = gl.arange(0, BLOCK_S, layout=LN)
     norms_at, exists = _places(s, column, first, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
@@ -543,14 +557,16 @@ def attention_kernel(
         s = start + block * BLOCK_S
         if STAGES > 1:
             async_copy.wait_group(STAGES - 2)
-            k_codes, k_high, k_norm = _staged(keys, block % STAGES, LK, LKH, LN, K_BITS)
-            v_codes, v_high, v_norm = _staged(values, block % STAGES, LV, LVH, LN, V_BITS)
             ahead, to = s + (STAGES - 1) * BLOCK_S, (block + STAGES - 1) % STAGES
             if ahead < stop:
-                exists = _copy(keys, to, ahead, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
+                exists = _copy(
+                    keys, to, ahead, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
+                )
                 _copy(values, to, ahead, first, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
                 missing |= gl.where(exists, 0, 1)
             async_copy.commit_group()
+            k_codes, k_high, k_norm = _staged(keys, block % STAGES, LK, LKH, LN, K_BITS)
+            v_codes, v_high, v_norm = _staged(values, block % STAGES, LV, LVH, LN, V_BITS)
         else:
             k_codes, k_high, k_norm, exists = _load(
                 keys, s, first, stop, pages_ptr, N, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
