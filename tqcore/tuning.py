@@ -98,6 +98,11 @@ def attention_config(
     return AttentionConfig(entry["block_r"], entry["block_s"], splits, entry["num_warps"], entry["num_stages"])
 
 
+def dense_rows(device: str | None = None) -> int:
+    """From how many query rows a key head on attention decompresses keys and values first."""
+    return _entries(device)["dense_rows"]
+
+
 def steps(programs: int, blocks: int, wave: int, longest: int) -> int:
     """Blocks that a program takes so that whole waves of programs cover `programs` times `blocks`."""
     waves = max(1, ceil_div(programs * blocks, wave * longest))
