@@ -65,8 +65,8 @@ def attention(
       implementation: "eager" (any device with float64), "dense" (decompression to the query's dtype, then torch's own
         attention in that precision: no soft cap, sinks or log-sum-exp; NaN in values reaches every row), "triton"
         (CUDA, 2 to 4 bits, D up to 256, no residual, no center that varies along S; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), "gluon" (the same on a Hopper device), or None: on CUDA dense for many query rows, else the
-        first of gluon and triton that can do the case; else eager.
+        under TRITON_INTERPRET=1), "gluon" (the same on a Hopper device), or None: on CUDA dense for many query rows,
+        else the first of gluon and triton that can do the case; else eager.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
