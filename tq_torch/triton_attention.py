@@ -60,7 +60,8 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
     load("merge")[(kv * rows,)](
         parts, ml, words[1], _signs(values, query.device), kv_lengths, sinks, result, lse,
         kv_heads, rows, steps, positions, config.splits,
-        **merge_constants(config.splits, values.quantizer, sinks is not None), num_warps=1, enable_fp_fusion=False,
+        **merge_constants(config.splits, values.quantizer, sinks is not None),
+        num_warps=config.merge_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return (out if unrotated else out.copy_(ops.unrotate(result, values.quantizer))), lse
 

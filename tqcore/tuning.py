@@ -59,6 +59,11 @@ class AttentionConfig:
         """(programs along the parts of all key heads, programs along R)."""
         return self.splits * heads, ceil_div(rows, self.block_r)
 
+    @property
+    def merge_warps(self) -> int:
+        """Of a program that joins the parts of a row."""
+        return 4 if self.splits > 8 else 1
+
 
 def score_config(
     kernel: str, rows: int, keys: int, heads: int, head_dim: int, device: str | None = None

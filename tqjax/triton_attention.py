@@ -103,8 +103,8 @@ def _attention(query, *arrays, given, quantizers, options, implementation, confi
         constants["sinks_ptr"] = None
     else:
         given.append(sinks)
-    grid = kv * rows, 1
-    out, lse = launch(load("merge"), given, outs, constants, grid=grid, capability=capability, num_warps=1)
+    launched = {"grid": (kv * rows, 1), "capability": capability, "num_warps": config.merge_warps}
+    out, lse = launch(load("merge"), given, outs, constants, **launched)
     return (out if unrotated else xla.unrotate(out, values.quantizer).astype(query.dtype)), lse
 
 

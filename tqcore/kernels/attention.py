@@ -313,7 +313,7 @@ def merge_kernel(
         total, nothing = visible + tl.exp2(sink * LOG2_E - peak), sink
     lse = tl.where(visible == 0.0, nothing, (peak + tl.log2(total)) * LN_2)
 
-    CHUNK: tl.constexpr = 8 if BLOCK_SPLITS > 8 else BLOCK_SPLITS
+    CHUNK: tl.constexpr = 32 if BLOCK_SPLITS > 32 else BLOCK_SPLITS
     i = tl.arange(0, CHUNK)
     out = tl.zeros([BLOCK_D], tl.float32)
     for chunk in range(0, splits, CHUNK):
