@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import CAUSAL, PLAIN, attention_inputs, attention_oracle
-from backends import ATTENTION_BACKENDS, DEVICE, assert_close, assert_close_attention, attention_arguments, to_numpy
+from backends import (
+    ATTENTION_BACKENDS,
+    DEVICE,
+    assert_close,
+    assert_close_attention,
+    attention_arguments,
+    to_array,
+    to_numpy,
+)
 from cubin import compile_kernel, compile_ttir, pallas_ttir, resources
 
 import tq_torch
 import tqjax
-from tq_torch import triton_attention
+from tq_torch import dense_attention, triton_attention
 from tqcore import kernels, softmax, tuning
 from tqcore.kernels import attention, attention_constants, gluon_attention, merge_constants, stages
 from tqcore.quantizer import PackedVectors, Quantizer
+from tqjax import dense_attention as jax_dense_attention
 from tqjax import pallas_attention
 
 PLAIN_OPTIONS = softmax.Options(0.1, False, None, None, None)
@@ -239,3 +248,42 @@ def test_wrong_parts_are_seen(monkeypatch):
     for wrong in (lengths - 128, lengths // 4 * 3):
         with pytest.raises(AssertionError):
             assert_close_attention(attend(lengths=wrong), expected, "float32")
+
+
+DENSE_CASES = [
+    replace(CAUSAL, lengths="full"),
+    replace(CAUSAL, T=70),
+    replace(PLAIN, T=9, window=(9, 3), page=16),
+    replace(CAUSAL, D=80, centers=("varying", "static"), qjl=(True, False), bits=(3, 2)),
+    replace(PLAIN, lengths="zero"),
+    replace(CAUSAL, T=80, dtype="bfloat16", D=128),
+]
+
+
+@pytest.mark.parametrize("chunk", [2**26, 400])
+@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+@pytest.mark.parametrize("package", [tqjax, tq_torch], ids=lambda package: package.__name__)
+def test_dense(monkeypatch, package, case, chunk):
+    """As near the oracle as the query's dtype allows, a chunk of queries at a time."""
+    monkeypatch.setattr(dense_attention, "MASK_BYTES", chunk)
+    monkeypatch.setattr(jax_dense_attention, "SCORES", chunk)
+    tqjax.attention_ops._dense.clear_cache()
+    inputs = attention_inputs(case)
+    query, keys, values, arrays = attention_arguments(package, inputs)
+    out = package.attention(query, keys, values, **arrays, **inputs.static, implementation="dense")
+    out = to_numpy(out.float() if package is tq_torch else out).astype(np.float64)
+    expected = attention_oracle(inputs)[0].astype(np.float64)
+    error, size = (np.linalg.norm(x, axis=-1) for x in (out - expected, expected))
+    limit = {"float32": 1e-3, "bfloat16": 5e-2}[case.dtype]
+    assert np.all(error <= limit * size) and np.all((out == 0) | (expected != 0))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"logits_soft_cap": 5.0}, {"return_lse": True}, {"sinks": np.zeros(4, np.float32)}]
+)
+@pytest.mark.parametrize("package", [tqjax, tq_torch], ids=lambda package: package.__name__)
+def test_dense_says_what_it_lacks(package, changed):
+    query, keys, values, _ = attention_arguments(package, attention_inputs(replace(PLAIN, lengths="full")))
+    changed = {name: to_array(package, x) if isinstance(x, np.ndarray) else x for name, x in changed.items()}
+    with pytest.raises(NotImplementedError, match="'dense' needs no soft cap, .* has no such need"):
+        package.attention(query, keys, values, **changed, implementation="dense")

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from tq_torch import eager_attention, ops
-from tqcore import checks, softmax
+from tq_torch import dense_attention, eager_attention, ops
+from tqcore import checks, softmax, tuning
 from tqcore.kernels import gluon_is_tested
 from tqcore.quantizer import PackedVectors
 
@@ -15,7 +15,7 @@ try:
 except ImportError:  # a torch without Triton
     triton_attention = None
 
-IMPLEMENTATIONS = ("eager", "triton", "gluon")
+IMPLEMENTATIONS = ("eager", "dense", "triton", "gluon")
 NEEDS = {
     "triton": "'triton' needs Triton, CUDA tensors (or TRITON_INTERPRET=1 in the environment)",
     "gluon": "'gluon' needs Triton with Gluon, CUDA tensors on a Hopper device",
@@ -62,9 +62,11 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "eager" (any device with float64), "triton" (CUDA, 2 to 4 bits, D up to 256, no residual, no
-        center that varies along S; on a CPU Triton's interpreter, under TRITON_INTERPRET=1), "gluon" (the same on a
-        Hopper device), or None: the first of gluon, triton and eager that can do the case on this device.
+      implementation: "eager" (any device with float64), "dense" (decompression to the query's dtype, then torch's own
+        attention in that precision: no soft cap, sinks or log-sum-exp; NaN in values reaches every row), "triton"
+        (CUDA, 2 to 4 bits, D up to 256, no residual, no center that varies along S; on a CPU Triton's interpreter,
+        under TRITON_INTERPRET=1), "gluon" (the same on a Hopper device), or None: on CUDA dense for many query rows,
+        else the first of gluon and triton that can do the case; else eager.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
@@ -86,6 +88,14 @@ def attention(
     arrays |= {"kv_lengths": kv_lengths, "page_table": page_table, "sinks": sinks}
     checks.check_devices({name: x.device for name, x in arrays.items() if x is not None})
     softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
+    can_be_dense = not return_lse and sinks is None and options.soft_cap is None
+    if implementation == "dense" or (implementation is None and can_be_dense and _has_many_rows(query, keys)):
+        if not can_be_dense:
+            raise NotImplementedError(
+                f"'dense' needs no soft cap, no sinks and no log-sum-exp, got logits_soft_cap={logits_soft_cap}, "
+                f"{'no ' if sinks is None else ''}sinks, return_lse={return_lse}; 'eager' has no such need."
+            )
+        return dense_attention.attention(query, keys, values, kv_lengths, page_table, options)
     if kv_lengths is None:
         size = softmax.context_size(keys, page_table)
         kv_lengths = torch.full(query.shape[:1], size, dtype=torch.int32, device=query.device)
@@ -123,6 +133,16 @@ def _on_host(x):
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type != "cpu":
         return None
     return x.numpy()
+
+
+def _has_many_rows(query, keys):
+    """Whether decompression pays, on a CUDA device."""
+    return query.is_cuda and query.shape[2] * (query.shape[1] // keys.codes.shape[1]) >= _dense_rows(query.device)
+
+
+@torch.compiler.assume_constant_result
+def _dense_rows(device: torch.device) -> int:
+    return tuning.dense_rows(torch.cuda.get_device_name(device))
 
 
 def _choose(implementation, query, keys, values, page_table, options):

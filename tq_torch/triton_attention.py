@@ -5,7 +5,7 @@ import torch
 from tq_torch import eager, ops
 from tq_torch.triton_call import INTERPRETED, _can_run_gluon, _device_name
 from tqcore import softmax, tuning
-from tqcore.kernels import attention_constants, load, merge_constants, merge_warps, stages
+from tqcore.kernels import attention_constants, load, merge_constants, stages
 
 KERNELS = {"triton": "attention", "gluon": "gluon_attention"}
 
@@ -61,7 +61,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
         parts, ml, words[1], _signs(values, query.device), kv_lengths, sinks, result, lse,
         kv_heads, rows, steps, positions, config.splits,
         **merge_constants(config.splits, values.quantizer, sinks is not None),
-        num_warps=merge_warps(config.splits), enable_fp_fusion=False,
+        num_warps=config.merge_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return (out if unrotated else out.copy_(ops.unrotate(result, values.quantizer))), lse
 

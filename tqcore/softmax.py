@@ -16,8 +16,8 @@ from tqcore.quantizer import PackedVectors
 
 KERNEL_BITS, KERNEL_DIM = (2, 3, 4), tuning.MAX_HEAD_DIM  # what kernels take: bits of an index, largest D
 KERNEL_NEEDS = (
-    f"codes of 2, 3 or 4 bits, head_dim up to {KERNEL_DIM}, no residual signs, and centers with an S axis of 1, alike on "
-    "all pages and, for keys, without a soft cap"
+    f"codes of 2, 3 or 4 bits, head_dim up to {KERNEL_DIM}, no residual signs, and centers with an S axis of 1, alike "
+    "on all pages and, for keys, without a soft cap"
 )
 UNBOUNDED = 2**30  # a window that reaches past any context; sums with it stay within int32
 
@@ -113,10 +113,7 @@ def attention(
     """
     xp, size = library.xp, context_size(keys, page_table)
     positions = library.arange(size)
-    used = used_positions(kv_lengths, query.shape[2], positions, options)
-    if page_table is not None:
-        keys, values = _gathered(keys, values, page_table, used, xp)
-    keys, values = (_blanked(packed, used[:, None], xp) for packed in (keys, values))
+    keys, values = seen_alone(keys, values, kv_lengths, page_table, query.shape[2], options, library)
     visible = visible_positions(kv_lengths, library.arange(query.shape[2]), positions, options)
     logits, shift = _logits(query, keys, options, library)
     out, lse = _attend(logits, _rotated_values(values, library), visible[:, None], options.num_splits or 1, library)
@@ -127,6 +124,14 @@ def attention(
         out, lse = _with_sinks(out, lse, sinks, library)
     fits = ((kv_lengths >= 0) & (kv_lengths <= size))[:, None, None]
     return xp.where(fits[..., None], out, math.nan), xp.where(fits, lse, math.nan)
+
+
+def seen_alone(keys, values, kv_lengths, page_table, steps, options, library):
+    """Keys and values [B, K, S, D] without pages, zeros where no query sees them."""
+    used = used_positions(kv_lengths, steps, library.arange(context_size(keys, page_table)), options)
+    if page_table is not None:
+        keys, values = _gathered(keys, values, page_table, used, library.xp)
+    return tuple(_blanked(packed, used[:, None], library.xp) for packed in (keys, values))
 
 
 def with_centers(out, lse, query, keys, values, sinks, options, library):
@@ -170,10 +175,13 @@ def kernels_got(keys: PackedVectors, values: PackedVectors, options: Options) ->
     )
 
 
-def visible_positions(lengths: Any, steps: Any, positions: Any, options: Options) -> Any:
-    """Which of `positions` [S] the queries of `steps` [T] see -> [B, 1 or T, S]: query t stands at length - T + t."""
+def visible_positions(lengths: Any, steps: Any, positions: Any, options: Options, count: int | None = None) -> Any:
+    """Which of `positions` [S] the queries of `steps` see -> [B, 1 or T, S]: query t stands at length - T + t.
+
+    T is `count`, or None where `steps` are all.
+    """
     lengths = lengths[:, None, None]
-    query = lengths - steps.shape[0] + steps[:, None]
+    query = lengths - (steps.shape[0] if count is None else count) + steps[:, None]
     visible = positions < lengths
     if options.is_causal:
         visible = visible & (positions <= query)

@@ -59,6 +59,11 @@ class AttentionConfig:
         """(programs along the parts of all key heads, programs along R)."""
         return self.splits * heads, ceil_div(rows, self.block_r)
 
+    @property
+    def merge_warps(self) -> int:
+        """Of a program that joins the parts of a row."""
+        return 4 if self.splits > 8 else 1
+
 
 def score_config(
     kernel: str, rows: int, keys: int, heads: int, head_dim: int, device: str | None = None
@@ -96,6 +101,11 @@ def attention_config(
         splits, blocks = wave // max(1, heads * ceil_div(rows, entry["block_r"])), blocks // entry["least"]
     splits = max(1, min(splits, blocks))
     return AttentionConfig(entry["block_r"], entry["block_s"], splits, entry["num_warps"], entry["num_stages"])
+
+
+def dense_rows(device: str | None = None) -> int:
+    """From how many query rows a key head on attention decompresses keys and values first."""
+    return _entries(device)["dense_rows"]
 
 
 def steps(programs: int, blocks: int, wave: int, longest: int) -> int:

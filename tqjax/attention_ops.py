@@ -8,17 +8,17 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from tqcore import checks, softmax
+from tqcore import checks, softmax, tuning
 from tqcore.kernels import can_load, gluon_is_tested
 from tqcore.quantizer import PackedVectors
-from tqjax import device, ops, triton_attention, triton_call, xla_attention
+from tqjax import dense_attention, device, ops, triton_attention, triton_call, xla_attention
 
 try:
     from tqjax import pallas_attention
 except ImportError:  # a JAX without Pallas-Triton
     pallas_attention = None
 
-IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
+IMPLEMENTATIONS = ("xla", "dense", "pallas_triton", "triton", "gluon")
 NEEDS = {
     "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton",
     "triton": "'triton' needs CUDA, an installed Triton",
@@ -66,10 +66,12 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "xla" (any device), "pallas_triton" (CUDA, 2 to 4 bits, D up to 256, no residual, no center that
-        varies along S; interpreted on a CPU), "triton" (the same with an installed Triton, CUDA alone), "gluon" (the
-        same on a Hopper device), or None: on CUDA the first of gluon (if all devices are Hoppers), triton,
-        pallas_triton and xla that can do the case; xla elsewhere.
+      implementation: "xla" (any device), "dense" (decompression to the query's dtype, then JAX's own attention in that
+        precision: no soft cap, sinks or log-sum-exp; NaN in values reaches every row), "pallas_triton" (CUDA, 2 to 4
+        bits, D up to 256, no residual, no center that varies along S; interpreted on a CPU), "triton" (the same with an
+        installed Triton, CUDA alone), "gluon" (the same on a Hopper device), or None: on CUDA dense for many query
+        rows, else the first of gluon (if all devices are Hoppers), triton and pallas_triton that can do the case; else
+        xla.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
@@ -91,8 +93,16 @@ def attention(
     named = {name: x for name, x in named.items() if x is not None}
     ops.check_devices(query=query, **{"keys.codes": keys.codes, "values.codes": values.codes}, **named)
     softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
-    name = _choose(implementation, keys, values, page_table, options)
     arrays = jnp.asarray(query), keys.map(jnp.asarray), values.map(jnp.asarray), kv_lengths, page_table, sinks
+    can_be_dense = not return_lse and sinks is None and options.soft_cap is None
+    if implementation == "dense" or (implementation is None and can_be_dense and _has_many_rows(query, keys)):
+        if not can_be_dense:
+            raise NotImplementedError(
+                f"'dense' needs no soft cap, no sinks and no log-sum-exp, got logits_soft_cap={logits_soft_cap}, "
+                f"{'no ' if sinks is None else ''}sinks, return_lse={return_lse}; 'xla' has no such need."
+            )
+        return _dense(*arrays[:5], options)
+    name = _choose(implementation, keys, values, page_table, options)
     out, lse = _attention(*arrays, options, name, implementation is None)
     return (out, lse) if return_lse else out
 
@@ -119,6 +129,13 @@ def merge_attention(
     return _merge(*map(jnp.asarray, (out_a, lse_a, out_b, lse_b)))
 
 
+@functools.partial(jax.jit, static_argnums=5)
+def _dense(query, keys, values, kv_lengths, page_table, options):
+    if kv_lengths is None:
+        kv_lengths = jnp.full(query.shape[0], softmax.context_size(keys, page_table), jnp.int32)
+    return dense_attention.attention(query, keys, values, kv_lengths, page_table, options)
+
+
 @functools.partial(jax.jit, static_argnums=(6, 7, 8))
 def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
     """One implementation; `by_platform`: on CUDA, and xla elsewhere."""
@@ -133,7 +150,7 @@ def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
     arrays = query, keys, values, kv_lengths, page_table, sinks
-    if name == "pallas_triton":
+    if name == "pallas_triton" and pallas_attention is not None:
         attend, elsewhere = pallas_attention.attention, functools.partial(pallas_attention.attention, interpret=True)
     else:
         attend = elsewhere = functools.partial(triton_attention.attention, implementation=name)
@@ -167,6 +184,12 @@ def _centered(attend, options, query, keys, values, kv_lengths, page_table, sink
     library = xla_attention.LIBRARY
     out, lse = softmax.with_centers(library.wide(out), lse, query, keys, values, sinks, options, library)
     return out.astype(query.dtype), lse
+
+
+def _has_many_rows(query, keys):
+    """Whether decompression pays, on a CUDA device."""
+    rows = query.shape[2] * (query.shape[1] // keys.codes.shape[1])
+    return bool(device.cuda_devices()) and rows >= tuning.dense_rows(device.cuda_kind())
 
 
 def _choose(implementation, keys, values, page_table, options):

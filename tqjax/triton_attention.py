@@ -14,7 +14,7 @@ from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
 
 from tqcore import fixed_point, rotation, softmax, tuning
-from tqcore.kernels import attention_constants, load, merge_constants, merge_warps, stages
+from tqcore.kernels import attention_constants, load, merge_constants, stages
 from tqcore.quantizer import PackedVectors
 from tqjax import device, xla
 from tqjax.triton_call import _capability, launch
@@ -103,9 +103,8 @@ def _attention(query, *arrays, given, quantizers, options, implementation, confi
         constants["sinks_ptr"] = None
     else:
         given.append(sinks)
-    grid = kv * rows, 1
-    num_warps = merge_warps(config.splits)
-    out, lse = launch(load("merge"), given, outs, constants, grid=grid, capability=capability, num_warps=num_warps)
+    launched = {"grid": (kv * rows, 1), "capability": capability, "num_warps": config.merge_warps}
+    out, lse = launch(load("merge"), given, outs, constants, **launched)
     return (out if unrotated else xla.unrotate(out, values.quantizer).astype(query.dtype)), lse
 
 

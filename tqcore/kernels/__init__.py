@@ -94,11 +94,6 @@ def merge_constants(splits: int, values: Quantizer, sinks: bool) -> dict[str, An
     }
 
 
-def merge_warps(splits: int) -> int:
-    """Warps of that kernel: with many parts, four read at once."""
-    return 1 if splits <= 8 else 4
-
-
 def stages(config: Any, *addresses: int) -> int:
     """STAGES of the Gluon kernel: asynchronous copies take 16 bytes, so all bases, strides and rows must allow it."""
     return config.num_stages if all(address % 16 == 0 for address in addresses) else 1
