@@ -30,7 +30,9 @@ from cases import DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tq_torch
 import tqcore
+import tqjax
 from tqcore.quantizer import PackedVectors, Quantizer
 
 by_name = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)

@@ -1,6 +1,6 @@
-"""Attention over packed keys and values, in Gluon for Hopper: both are multiplied as int8, neither is ever decompressed.
+"""Attention over packed keys and values, in Gluon for Hopper: both are multiplied as int8, neither is decompressed.
 
-    x[r, s] = log2(e) · scale · ⟨q[r], k̂[s]⟩,  p = 2^(x - m[r]),  out[r] = Σ_s p[r, s] · norm_v[s] · level_v[s],  l = Σ_s p
+    x[r, s] = log2(e) · scale · ⟨q[r], k̂[s]⟩,   p = 2^(x - m[r]),   out[r] = Σ_s p · norm_v[s] · level_v[s],   l = Σ_s p
 
 A program takes one part of the positions of one key head: it reads D + 8 bytes a position, once for eight rows, and
 writes out, m and l, which `tqcore.kernels.attention.merge_kernel` joins. Scores are those of `gluon_scores`, before
@@ -21,16 +21,15 @@ Source: Dao, FlashAttention-2, arXiv:2307.08691; Flash-Decoding for the parts; d
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tqcore import fixed_point
 from tqcore.kernels import lookup
+from tqcore.kernels.gluon_cache import _block, _copies, _norms_copy_layout, _stream, _values_stage_layout
 from tqcore.kernels.gluon_scores import (
     NOT_FINITE,
     _bits,
     _code_bytes,
-    _codes_layout,
-    _copy_plane,
     _finite,
     _fixed_point,
     _products,
@@ -87,21 +86,6 @@ mov.u32 t, %tid.x;
 and.b32 t, t, $2;
 or.b32 $0, $1, t;
 }""")
-
-
-@gluon.constexpr_function
-def _values_layout(BLOCK_S, BYTES, WORD=4):
-    """[BLOCK_S, BYTES]: lane t has positions 4·t to 4·t + 3 of sixteen, lane g an eighth of the bytes, WORD at a time."""
-    registers = [[0, x] for x in _bits(1, WORD)] + [[1, 0], [2, 0]]
-    registers += [[0, x] for x in _bits(WORD, BYTES // 8)] + [[x, 0] for x in _bits(16, BLOCK_S)]
-    lanes = [[4, 0], [8, 0], [0, BYTES // 8], [0, BYTES // 4], [0, BYTES // 2]]
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [BLOCK_S, BYTES])
-
-
-@gluon.constexpr_function
-def _values_stage_layout(BYTES):
-    """[BLOCK_S, BYTES] in shared memory, so that few lanes of a phase read one bank."""
-    return gl.SwizzledSharedLayout(16, 2, BYTES // 16, [1, 0])
 
 
 @gluon.constexpr_function
@@ -274,146 +258,23 @@ def _row_sums(acc, BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr):
 
 
 @gluon.jit
-def _page(pages_ptr, position, inside, N, PAGE: gl.constexpr):
-    """The pages of positions, and whether they exist; page 0 where they do not, or where not `inside`."""
-    page = gl.load(pages_ptr + position // PAGE, mask=inside, other=0)
-    exists = (page >= 0) & (page < N)
-    return gl.where(exists, page, 0).to(gl.int64), exists
-
-
-@gluon.jit
-def _places(
-    s, row, first, stop, pages_ptr, N, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr
-):
-    """Offsets of positions s + row in an array with that stride between pages, and whether their pages exist."""
-    if PAGE == 0:
-        return s.to(gl.int64) * STRIDE_S + row * STRIDE_S, row >= 0
-    elif PAGE % BLOCK_S == 0:
-        page, exists = _page(pages_ptr, s, s < stop, N, PAGE)
-        return page * stride_b + (s % PAGE) * STRIDE_S + row * STRIDE_S, exists & (row >= 0)
-    else:
-        page, exists = _page(pages_ptr, s + row, (s + row >= first) & (s + row < stop), N, PAGE)
-        return page * stride_b + (s + row) % PAGE * STRIDE_S, exists
-
-
-@gluon.jit
-def _copy(
-    stream, to, s, first, stop, pages_ptr, N,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
-    BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+def _attend(
+    x, v_codes, v_high, v_norm, v_words, m, total, even, odd,
+    V_BITS: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of the codes and norms of positions from s on; what lies from `stop` on is undefined there.
-
-    `stream` is that of keys or of values: pointers to codes and norms, their strides between pages, and the shared
-    memory of codes, of the high plane and of norms. Returns whether the positions' pages exist.
-    """
-    codes_ptr, norms_ptr, codes_stride_b, norms_stride_b, codes_smem, high_smem, norms_smem = stream
-    BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
-    LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
-    WHOLE: gl.constexpr = 2 * BLOCK_P == D
-    column = gl.arange(0, BLOCK_S, layout=gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]))
-    norms_at, exists = _places(s, column, first, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
-    low, key, p = _plane(codes_ptr, s, first, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES)
-    if BITS == 3:
-        high, high_key, high_p = _plane(
-            codes_ptr + LIVE, s, first, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
-        )
-    if s + BLOCK_S <= stop:
-        _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, WHOLE)
-        if BITS == 3:
-            _copy_plane(high_smem.index(to), high, high_key, high_p, stop, D // 8, WHOLE)
-        async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr + norms_at)
-    else:
-        _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, False)
-        if BITS == 3:
-            _copy_plane(high_smem.index(to), high, high_key, high_p, stop, D // 8, False)
-        async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr + norms_at, mask=s + column < stop)
-    return exists
-
-
-@gluon.jit
-def _plane(
-    ptr, s, first, stop, pages_ptr, N, stride_b,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
-    """Where the bytes [BLOCK_S, BYTES] of a plane are, their positions and places."""
-    L: gl.constexpr = gl.BlockedLayout([1, 16], [512 // BYTES, BYTES // 16], [1, 1], [1, 0])
-    row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
-    p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    at, _ = _places(s, row, first, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
-    return ptr + (at[:, None] + p), (s + row)[:, None], p
-
-
-@gluon.jit
-def _load(
-    stream, s, first, stop, pages_ptr, N, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
-    BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
-):  # fmt: skip
-    """Codes [BLOCK_S, bytes], high plane and norms [BLOCK_S] of the positions from s on, zeros from `stop` on."""
-    codes_ptr, norms_ptr, codes_stride_b, norms_stride_b = stream
-    BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
-    LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
-    codes = _load_bytes(
-        codes_ptr, s, first, stop, pages_ptr, N, codes_stride_b, L, LIVE, PAGE, STRIDE_S, BLOCK_S, BYTES
-    )  # fmt: skip
-    high = codes
-    if BITS == 3:
-        high = _load_bytes(
-            codes_ptr + LIVE,
-            s,
-            first,
-            stop,
-            pages_ptr,
-            N,
-            codes_stride_b,
-            LH,
-            D // 8,
-            PAGE,
-            STRIDE_S,
-            BLOCK_S,
-            BYTES // 2,
-        )
-    column = gl.arange(0, BLOCK_S, layout=LN)
-    norms_at, exists = _places(s, column, first, stop, pages_ptr, N, norms_stride_b, PAGE, 1, BLOCK_S)
-    return codes, high, gl.load(norms_ptr + norms_at, mask=s + column < stop, other=0.0), exists
-
-
-@gluon.jit
-def _load_bytes(
-    ptr, s, first, stop, pages_ptr, N, stride_b, L: gl.constexpr, LIVE: gl.constexpr,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
-    row = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, L))
-    p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    at, _ = _places(s, row, first, stop, pages_ptr, N, stride_b, PAGE, STRIDE_S, BLOCK_S)
-    return gl.load(ptr + (at[:, None] + p), mask=(s + row < stop)[:, None] & (p < LIVE), other=0)
-
-
-@gluon.jit
-def _stages(
-    stream, STAGES: gl.constexpr, L: gl.constexpr, BITS: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr
-):
-    """A stream with its shared memory, as `_copy` takes it."""
-    codes_ptr, norms_ptr, codes_stride_b, norms_stride_b = stream
-    plain: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
-    codes_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BYTES], L)
-    high_smem = codes_smem
-    if BITS == 3:
-        high_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_S, BYTES // 2], plain)
-    norms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_S], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return codes_ptr, norms_ptr, codes_stride_b, norms_stride_b, codes_smem, high_smem, norms_smem
-
-
-@gluon.jit
-def _staged(stream, stage, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr, BITS: gl.constexpr):
-    """Codes, high plane and norms of a block that has arrived."""
-    _, _, _, _, codes_smem, high_smem, norms_smem = stream
-    codes = codes_smem.index(stage).load(L)
-    high = codes
-    if BITS == 3:
-        high = high_smem.index(stage).load(LH)
-    return codes, high, norms_smem.index(stage).load(LN)
+    """m, l and out once a block of logits x and its values are taken in."""
+    LO: gl.constexpr = gl.SliceLayout(1, even.type.layout)
+    peak = gl.maximum(m, gl.max(x, 1))
+    decay = gl.exp2(m - peak)
+    p = gl.exp2(x - peak[:, None])
+    total = gl.fma(total, decay, gl.sum(p, 1))
+    planes, unit = _weights(p, v_norm, BLOCK_R, BLOCK_S)
+    decay = gl.convert_layout(decay, LO, assert_trivial=True)[:, None]
+    unit = gl.convert_layout(unit, LO, assert_trivial=True)[:, None]
+    v_even, v_odd = _value_levels(v_codes, v_high, v_words, V_BITS, BLOCK_S, _code_bytes(BLOCK_P, V_BITS))
+    even = gl.fma(unit, _value_sums(planes, v_even, BLOCK_R, BLOCK_S, BLOCK_P), even * decay)
+    odd = gl.fma(unit, _value_sums(planes, v_odd, BLOCK_R, BLOCK_S, BLOCK_P), odd * decay)
+    return peak, total, even, odd
 
 
 @gluon.jit
@@ -444,6 +305,17 @@ def _visible(place, position, left, right, CAUSAL: gl.constexpr, WINDOW: gl.cons
     if WINDOW:
         visible &= (position >= place - left) & (position <= place + right)
     return visible
+
+
+@gluon.jit
+def _store_rows(out_ptr, even, odd, first_row, R, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_P: gl.constexpr):
+    """Writes rows of out, whose pairs of coordinates stand as in `_value_sums`."""
+    out = gl.join(even, odd).reshape([BLOCK_R, BLOCK_P // 8, 8, 2]).permute([0, 2, 1, 3])
+    out = out.reshape([BLOCK_R, 2 * BLOCK_P])
+    L: gl.constexpr = out.type.layout
+    row = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, L))[:, None]
+    d = gl.arange(0, 2 * BLOCK_P, layout=gl.SliceLayout(0, L))[None, :]
+    gl.store(out_ptr + row * D + d, out, mask=(row < R) & (d < D))
 
 
 @gluon.jit
@@ -498,17 +370,15 @@ def attention_kernel(
     batch, kv_head = head // K, head % K
     first_row = gl.program_id(1) * BLOCK_R
 
-    # What a lane holds of scores (LS) and of outputs (LO).
+    # What a lane holds of scores (LS), and of outputs.
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    natural: gl.constexpr = 1.0 if SOFT_CAP > 0 else LOG2E
     sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
     LS: gl.constexpr = sums.type.layout
     even = _row_sums(gl.zeros([2 * BLOCK_R, BLOCK_P], gl.int32, mma), BLOCK_R, BLOCK_P)
-    LO: gl.constexpr = even.type.layout
     odd = even
-    r = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
 
     # The positions of this part.
+    r = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
     length = gl.load(lengths_ptr + batch)
     zero = length >> 31  # where it is a length
     length = gl.where((length >= 0) & (length <= S), length, 0)
@@ -516,65 +386,40 @@ def attention_kernel(
         length, r % T, r < R, T, split, splits, left, right, CAUSAL, WINDOW, BLOCK_S
     )
     place = (length - T + r % T)[:, None]
-    column = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, LS))
-    page_batch = batch * (PAGE == 0)
-    k_codes_ptr += page_batch * k_codes_stride_b + kv_head * k_codes_stride_k
-    v_codes_ptr += page_batch * v_codes_stride_b + kv_head * v_codes_stride_k
-    k_norms_ptr += page_batch * k_norms_stride_b + kv_head * k_norms_stride_k
-    v_norms_ptr += page_batch * v_norms_stride_b + kv_head * v_norms_stride_k
+    LN: gl.constexpr = gl.SliceLayout(0, LS)
+    column = gl.arange(0, BLOCK_S, layout=LN)
     if PAGE > 0:
         pages_ptr += batch * M
-
-    K_BYTES: gl.constexpr = _code_bytes(BLOCK_P, K_BITS)
-    V_BYTES: gl.constexpr = _code_bytes(BLOCK_P, V_BITS)
-    LK: gl.constexpr = _codes_layout(BLOCK_S, K_BYTES)
-    LKH: gl.constexpr = _codes_layout(BLOCK_S, K_BYTES // 2)
-    LV: gl.constexpr = _values_layout(BLOCK_S, V_BYTES)
-    LVH: gl.constexpr = _values_layout(BLOCK_S, V_BYTES // 2, 2)
-    LN: gl.constexpr = gl.SliceLayout(0, LS)
-    keys = k_codes_ptr, k_norms_ptr, k_codes_stride_b, k_norms_stride_b
-    values = v_codes_ptr, v_norms_ptr, v_codes_stride_b, v_norms_stride_b
-    missing = gl.zeros([BLOCK_S], gl.int32, gl.BlockedLayout([BLOCK_S // 32], [32], [1], [0]) if STAGES > 1 else LN)
-    if STAGES > 1:
-        keys = _stages(keys, STAGES, _stage_layout(K_BYTES), K_BITS, BLOCK_S, K_BYTES)
-        values = _stages(values, STAGES, _values_stage_layout(V_BYTES), V_BITS, BLOCK_S, V_BYTES)
-        for i in gl.static_range(STAGES - 1):
-            s = start + i * BLOCK_S
-            if s < stop:
-                exists = _copy(keys, i, s, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
-                _copy(values, i, s, first, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
-                missing |= gl.where(exists, 0, 1)
-            async_copy.commit_group()
+        batch *= 0
+    keys = _stream(
+        k_codes_ptr, k_norms_ptr, k_codes_stride_b, k_codes_stride_k, k_norms_stride_b, k_norms_stride_k, batch,
+        kv_head, _stage_layout(_code_bytes(BLOCK_P, K_BITS)), STAGES, K_BITS, BLOCK_S, BLOCK_P,
+    )  # fmt: skip
+    values = _stream(
+        v_codes_ptr, v_norms_ptr, v_codes_stride_b, v_codes_stride_k, v_norms_stride_b, v_norms_stride_k, batch,
+        kv_head, _values_stage_layout(_code_bytes(BLOCK_P, V_BITS)), STAGES, V_BITS, BLOCK_S, BLOCK_P,
+    )  # fmt: skip
+    missing = gl.zeros([BLOCK_S], gl.int32, _norms_copy_layout(BLOCK_S) if STAGES > 1 else LN)
+    for i in gl.static_range(STAGES - 1):
+        missing = _copies(
+            keys, values, i, start + i * BLOCK_S, first, stop, pages_ptr, N, missing,
+            PAGE, K_STRIDE_S, V_STRIDE_S, D, K_BITS, V_BITS, BLOCK_S, BLOCK_P,
+        )  # fmt: skip
 
     # The query rows, while the copies are under way.
+    scale = scale * (1.0 if SOFT_CAP > 0 else LOG2E)
     q_first, q_second, factor = _query(
-        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale * natural, R, D, K_BITS, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
+        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale, R, D, K_BITS, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
     )
     k_words, v_words = _words(k_table_ptr, zero), _words(v_table_ptr, zero)
     m = gl.full([BLOCK_R], LOWEST, gl.float32, gl.SliceLayout(1, LS))
     total = gl.zeros([BLOCK_R], gl.float32, gl.SliceLayout(1, LS))
     for block in range(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S)):
         s = start + block * BLOCK_S
-        if STAGES > 1:
-            async_copy.wait_group(STAGES - 2)
-            ahead, to = s + (STAGES - 1) * BLOCK_S, (block + STAGES - 1) % STAGES
-            if ahead < stop:
-                exists = _copy(
-                    keys, to, ahead, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
-                )
-                _copy(values, to, ahead, first, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
-                missing |= gl.where(exists, 0, 1)
-            async_copy.commit_group()
-            k_codes, k_high, k_norm = _staged(keys, block % STAGES, LK, LKH, LN, K_BITS)
-            v_codes, v_high, v_norm = _staged(values, block % STAGES, LV, LVH, LN, V_BITS)
-        else:
-            k_codes, k_high, k_norm, exists = _load(
-                keys, s, first, stop, pages_ptr, N, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
-            )
-            v_codes, v_high, v_norm, exists = _load(
-                values, s, first, stop, pages_ptr, N, LV, LVH, LN, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P
-            )
-            missing |= gl.where(exists, 0, 1)
+        k_codes, k_high, k_norm, v_codes, v_high, v_norm, missing = _block(
+            keys, values, block, s, first, stop, pages_ptr, N, missing, LN, PAGE, K_STRIDE_S, V_STRIDE_S,
+            D, K_BITS, V_BITS, BLOCK_S, BLOCK_P, STAGES,
+        )  # fmt: skip
         x = _scores(
             k_codes, k_high, k_norm, k_words, q_first, q_second, factor, K_BITS, SOFT_CAP, BLOCK_R, BLOCK_S, BLOCK_P
         )
@@ -583,26 +428,13 @@ def attention_kernel(
             seen = _visible(place, position[None, :], left, right, CAUSAL, WINDOW) & (position < stop)[None, :]
             x = gl.where(seen, x, -float("inf"))
             v_norm = gl.where((position >= first) & (position < stop), v_norm, 0.0)
-
-        peak = gl.maximum(m, gl.max(x, 1))
-        decay = gl.exp2(m - peak)
-        p = gl.exp2(x - peak[:, None])
-        m, total = peak, gl.fma(total, decay, gl.sum(p, 1))
-        planes, unit = _weights(p, v_norm, BLOCK_R, BLOCK_S)
-        decay = gl.convert_layout(decay, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
-        unit = gl.convert_layout(unit, gl.SliceLayout(1, LO), assert_trivial=True)[:, None]
-        v_even, v_odd = _value_levels(v_codes, v_high, v_words, V_BITS, BLOCK_S, V_BYTES)
-        even = gl.fma(unit, _value_sums(planes, v_even, BLOCK_R, BLOCK_S, BLOCK_P), even * decay)
-        odd = gl.fma(unit, _value_sums(planes, v_odd, BLOCK_R, BLOCK_S, BLOCK_P), odd * decay)
+        m, total, even, odd = _attend(
+            x, v_codes, v_high, v_norm, v_words, m, total, even, odd, V_BITS, BLOCK_R, BLOCK_S, BLOCK_P
+        )
 
     if PAGE > 0:
         total = gl.where(gl.max(missing, 0) > 0, float("nan"), total)
-    out = gl.join(even, odd).reshape([BLOCK_R, BLOCK_P // 8, 8, 2]).permute([0, 2, 1, 3])
-    out = out.reshape([BLOCK_R, 2 * BLOCK_P])
-    LW: gl.constexpr = out.type.layout
-    row = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LW))[:, None]
-    d = gl.arange(0, 2 * BLOCK_P, layout=gl.SliceLayout(0, LW))[None, :]
     at = head * splits + split
-    gl.store(out_ptr + (at * R + row) * D + d, out, mask=(row < R) & (d < D))
+    _store_rows(out_ptr + at * R * D, even, odd, first_row, R, D, BLOCK_R, BLOCK_P)
     gl.store(ml_ptr + at * 2 * R + r, gl.where(m == LOWEST, -float("inf"), m), mask=r < R)
     gl.store(ml_ptr + (at * 2 + 1) * R + r, total, mask=r < R)
