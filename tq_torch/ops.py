@@ -266,8 +266,8 @@ def _map_file(packed, function):
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
 
 NEEDS = {
-    "triton": "'triton' needs Triton, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 "
-    "in the environment",
+    "triton": "'triton' needs Triton, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors, or "
+    "TRITON_INTERPRET=1 in the environment",
     "gluon": "'gluon' needs Triton with Gluon, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors on a Hopper "
     "device",
 }
