@@ -62,7 +62,7 @@ def signature(kernel, constants, dtype):
 
 
 def triton_kernel(head_dim, bits, rows, dtype, page, options, capability):
-    config = tuning.attention_config("attention", rows, POSITIONS, HEADS, head_dim)
+    config = tuning.attention_config("attention", rows, POSITIONS, HEADS, head_dim, bits=bits)
     quantizers = [Quantizer(head_dim, each) for each in bits]
     strides = [quantizer.packed_dim for quantizer in quantizers]
     constants = attention_constants(config, options, *quantizers, page, *strides) | {"PTX": True}
@@ -168,6 +168,24 @@ def test_levels_as_float16(monkeypatch):
     got = np.stack(halves, 1).reshape(-1).view(np.float16)
     np.testing.assert_array_equal(got, levels.astype(np.float16))
     assert attention.SIGN_BITS.value == np.uint32(0x80808080).view(np.int32)
+
+
+@pytest.mark.parametrize("kernel", ["attention", "gluon_attention"])
+def test_parts_fill_the_device(kernel):
+    """Few positions are one part; many are whole waves of programs; what is asked for is done, as far as it goes."""
+
+    def parts(positions, heads, rows=4, **options):
+        return tuning.attention_config(kernel, rows, positions, heads, 128, **options).splits
+
+    assert [parts(positions, 8) for positions in (0, 1, 64)] == [1, 1, 1]
+    for positions, heads in ((32768, 64), (2**17, 8), (2048, 512), (2**20, 1)):
+        config = tuning.attention_config(kernel, 4, positions, heads, 128)
+        _, wave = tuning._entry(kernel, 4, 128, None, (4, 4))
+        programs = config.splits * heads
+        assert programs / wave / tuning.ceil_div(programs, wave) > 0.8
+        assert config.splits * config.block_s <= positions
+    assert parts(32768, 64, splits=5) == 5 and parts(300, 64, splits=1000) <= 10
+    assert parts(8, 2**20, rows=10**4) == 1
 
 
 # --- launches ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
         return out, lse
     name = KERNELS[implementation]
     shape = rows, positions, kv, head_dim, _device_name(query.device)
-    config = config or tuning.attention_config(name, *shape, options.num_splits)
+    bits = keys.quantizer.code_bits, values.quantizer.code_bits
+    config = config or tuning.attention_config(name, *shape, options.num_splits, bits)
     if page_table is not None:
         page_table = page_table.contiguous()
     parts = query.new_empty(kv, config.splits, rows, head_dim, dtype=torch.float32)
