@@ -14,6 +14,7 @@ from attention_cases import CAUSAL, PLAIN, attention_inputs, attention_oracle
 from backends import (
     ATTENTION_BACKENDS,
     DEVICE,
+    EVERY_CASE,
     assert_close,
     assert_close_attention,
     attention_arguments,
@@ -288,6 +289,31 @@ def test_decode_loop_compiles_few(front):
         if length == 4:
             first = compiled()
     assert compiled() == first
+
+
+@pytest.mark.parametrize("name", sorted({b.implementation for b in EVERY_CASE if b.package is tqjax} - {"xla"}))
+@pytest.mark.parametrize("shared", ["nothing", "keys", "query"])
+def test_jax_vmap_of_kernels(name, shared):
+    inputs = attention_inputs(replace(CAUSAL, S=150, B=3, sinks=True))
+    query, keys, values, arrays = attention_arguments(tqjax, inputs)
+    axes = {"nothing": (0, 0, 0, 0), "keys": (0, None, None, 0), "query": (None, 0, 0, 0)}[shared]
+
+    def one(query, keys, values, length):
+        packed = (packed.map(lambda x: x[None]) for packed in (keys, values))
+        options = {"kv_lengths": length[None], "sinks": arrays["sinks"], "is_causal": True, "implementation": name}
+        return tqjax.attention(query[None], *packed, **options, return_lse=True)
+
+    def all_of(x, axis):
+        return x if axis == 0 else jax.tree.map(lambda x: x[0], x)
+
+    def repeated(x, axis):
+        return x if axis == 0 else jax.tree.map(lambda x: np.repeat(np.asarray(x)[:1], 3, 0), x)
+
+    given = [all_of(x, axis) for x, axis in zip((query, keys, values, arrays["kv_lengths"]), axes, strict=True)]
+    got = [np.asarray(x)[:, 0] for x in jax.vmap(one, axes)(*given)]
+    parts = [repeated(x, axis) for x, axis in zip((inputs.query, inputs.keys, inputs.values), axes[:3], strict=True)]
+    expected = attention_oracle(replace(inputs, query=parts[0], keys=parts[1], values=parts[2]))
+    assert_close_attention(tuple(got), expected, "float32")
 
 
 def test_wrong_parts_are_seen(monkeypatch):
