@@ -14,6 +14,7 @@ from attention_cases import CAUSAL, PLAIN, attention_inputs, attention_oracle
 from backends import (
     ATTENTION_BACKENDS,
     DEVICE,
+    EVERY_CASE,
     assert_close,
     assert_close_attention,
     attention_arguments,
@@ -62,7 +63,7 @@ def signature(kernel, constants, dtype):
 
 
 def triton_kernel(head_dim, bits, rows, dtype, page, options, capability):
-    config = tuning.attention_config("attention", rows, POSITIONS, HEADS, head_dim)
+    config = tuning.attention_config("attention", rows, POSITIONS, HEADS, head_dim, bits=bits)
     quantizers = [Quantizer(head_dim, each) for each in bits]
     strides = [quantizer.packed_dim for quantizer in quantizers]
     constants = attention_constants(config, options, *quantizers, page, *strides) | {"PTX": True}
@@ -181,6 +182,24 @@ def test_levels_as_float16(monkeypatch):
     assert attention.SIGN_BITS.value == np.uint32(0x80808080).view(np.int32)
 
 
+@pytest.mark.parametrize("kernel", ["attention", "gluon_attention"])
+def test_parts_fill_the_device(kernel):
+    """Few positions are one part; many are whole waves of programs; what is asked for is done, as far as it goes."""
+
+    def parts(positions, heads, rows=4, **options):
+        return tuning.attention_config(kernel, rows, positions, heads, 128, **options).splits
+
+    assert [parts(positions, 8) for positions in (0, 1, 64)] == [1, 1, 1]
+    for positions, heads in ((32768, 64), (2**17, 8), (2048, 512), (2**20, 1)):
+        config = tuning.attention_config(kernel, 4, positions, heads, 128)
+        _, wave = tuning._entry(kernel, 4, 128, None, (4, 4))
+        programs = config.splits * heads
+        assert programs / wave / tuning.ceil_div(programs, wave) > 0.8
+        assert config.splits * config.block_s <= positions
+    assert parts(32768, 64, splits=5) == 5 and parts(300, 64, splits=1000) <= 10
+    assert parts(8, 2**20, rows=10**4) == 1
+
+
 # --- launches ------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +300,31 @@ def test_decode_loop_compiles_few(front):
         if length == 4:
             first = compiled()
     assert compiled() == first
+
+
+@pytest.mark.parametrize("name", sorted({b.implementation for b in EVERY_CASE if b.package is tqjax} - {"xla"}))
+@pytest.mark.parametrize("shared", ["nothing", "keys", "query"])
+def test_jax_vmap_of_kernels(name, shared):
+    inputs = attention_inputs(replace(CAUSAL, S=150, B=3, sinks=True))
+    query, keys, values, arrays = attention_arguments(tqjax, inputs)
+    axes = {"nothing": (0, 0, 0, 0), "keys": (0, None, None, 0), "query": (None, 0, 0, 0)}[shared]
+
+    def one(query, keys, values, length):
+        packed = (packed.map(lambda x: x[None]) for packed in (keys, values))
+        options = {"kv_lengths": length[None], "sinks": arrays["sinks"], "is_causal": True, "implementation": name}
+        return tqjax.attention(query[None], *packed, **options, return_lse=True)
+
+    def all_of(x, axis):
+        return x if axis == 0 else jax.tree.map(lambda x: x[0], x)
+
+    def repeated(x, axis):
+        return x if axis == 0 else jax.tree.map(lambda x: np.repeat(np.asarray(x)[:1], 3, 0), x)
+
+    given = [all_of(x, axis) for x, axis in zip((query, keys, values, arrays["kv_lengths"]), axes, strict=True)]
+    got = [np.asarray(x)[:, 0] for x in jax.vmap(one, axes)(*given)]
+    parts = [repeated(x, axis) for x, axis in zip((inputs.query, inputs.keys, inputs.values), axes[:3], strict=True)]
+    expected = attention_oracle(replace(inputs, query=parts[0], keys=parts[1], values=parts[2]))
+    assert_close_attention(tuple(got), expected, "float32")
 
 
 def test_wrong_parts_are_seen(monkeypatch):

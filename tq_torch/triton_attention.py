@@ -30,9 +30,9 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
         return out, lse
     name = KERNELS[implementation]
     shape = rows, positions, kv, head_dim, _device_name(query.device)
-    config = config or tuning.attention_config(name, *shape, options.num_splits)
-    if page_table is not None:
-        page_table = page_table.contiguous()
+    bits = keys.quantizer.code_bits, values.quantizer.code_bits
+    config = config or tuning.attention_config(name, *shape, options.num_splits, bits)
+    kv_lengths, page_table, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, page_table, sinks))
     parts = query.new_empty(kv, config.splits, rows, head_dim, dtype=torch.float32)
     ml = query.new_empty(kv, config.splits, 2, rows, dtype=torch.float32)
     rotated = query if keys.quantizer.rotation == "hadamard" else ops.rotate(query, keys.quantizer)

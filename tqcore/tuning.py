@@ -9,6 +9,7 @@ from typing import Any
 MAX_HEAD_DIM = 256  # of the kernels
 ROW_GROUP = 8  # query rows that are converted, and padded, together
 LONG_ROWS = 32  # query rows a key head, past which scores are a product of matrices
+START = 2  # blocks that an attention program could do in the time that it takes to begin and end
 UNKNOWN = "NVIDIA H200"  # whose parameters other devices take
 
 
@@ -89,16 +90,20 @@ def attention_config(
     head_dim: int,
     device: str | None = None,
     splits: int | None = None,
+    bits: tuple[int, int] = (4, 4),
 ) -> AttentionConfig:
     """The launch of "attention" (or its Pallas twin) or "gluon_attention" for R rows, S positions, B·K key heads and D.
 
-    The entry is chosen as in `score_config`. As many parts as make one wave of programs, of at least `least` blocks
-    each, or `splits`, as far as there are blocks. S is the capacity, so that a filling cache compiles nothing new.
+    The entry is chosen as in `score_config`, those with `bits` being for keys or values of so many. There are as many
+    parts as make the fewest steps of whole waves of programs, of at least `least` blocks each, or `splits`, as far as
+    there are blocks. S is the capacity, so that a filling cache compiles nothing new.
     """
-    entry, wave = _entry(kernel, rows, head_dim, device)
-    blocks = ceil_div(positions, entry["block_s"])
+    entry, wave = _entry(kernel, rows, head_dim, device, bits)
+    blocks, programs = ceil_div(positions, entry["block_s"]), max(1, heads * ceil_div(rows, entry["block_r"]))
     if splits is None:
-        splits, blocks = wave // max(1, heads * ceil_div(rows, entry["block_r"])), blocks // entry["least"]
+        most = max(1, blocks // entry["least"])
+        choices = [max(1, min(most, waves * wave // programs)) for waves in range(1, 5)]
+        splits = min(choices, key=lambda parts: ceil_div(programs * parts, wave) * (ceil_div(blocks, parts) + START))
     splits = max(1, min(splits, blocks))
     return AttentionConfig(entry["block_r"], entry["block_s"], splits, entry["num_warps"], entry["num_stages"])
 
@@ -115,11 +120,14 @@ def steps(programs: int, blocks: int, wave: int, longest: int) -> int:
     return min(longest, max(1, ceil_div(blocks, programs_along)))
 
 
-def _entry(kernel: str, rows: int, head_dim: int, device: str | None) -> tuple[dict[str, int], int]:
+def _entry(
+    kernel: str, rows: int, head_dim: int, device: str | None, bits: tuple[int, ...] = ()
+) -> tuple[dict[str, int], int]:
     """Of the device's list, the first entry whose `rows` and `head_dim` are not exceeded; its programs at a time."""
     entries = _entries(device)
     for entry in entries[kernel]:
-        if rows <= entry.get("rows", rows) and head_dim <= entry.get("head_dim", head_dim):
+        fits = rows <= entry.get("rows", rows) and head_dim <= entry.get("head_dim", head_dim)
+        if fits and ("bits" not in entry or entry["bits"] in bits):
             return entry, entries["processors"] * entry["resident"]
     raise LookupError(f"tuning.json has no entry for {kernel}, rows={rows}, head_dim={head_dim}.")
 

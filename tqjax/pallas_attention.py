@@ -231,7 +231,8 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, *, in
         nothing = jnp.full(query.shape[:3], NOTHING)
         return _merge_nothing(query, nothing, sinks)
     shape = rows, slots, kv, head_dim, device.cuda_kind()
-    config = config or tuning.attention_config("attention", *shape, options.num_splits)
+    bits = keys.quantizer.code_bits, values.quantizer.code_bits
+    config = config or tuning.attention_config("attention", *shape, options.num_splits, bits)
     arrays = [xla.rotate(query, keys.quantizer).reshape(kv, rows, head_dim)]
     for packed in (keys, values):
         if MAX_INDEXED_BYTES < packed.codes.size <= 2 * MAX_INDEXED_BYTES:
@@ -241,7 +242,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, *, in
     arrays += [kv_lengths] if page_table is None else [kv_lengths, page_table.reshape(-1)]
     kernel = functools.partial(
         _attention_kernel, steps=steps, slots=slots, kv_heads=kv_heads, page=0 if page_table is None else page,
-        bits=(keys.quantizer.code_bits, values.quantizer.code_bits), options=options, config=config,
+        bits=bits, options=options, config=config,
         block_p=tuning.packed_block(head_dim), ptx=not interpret,
     )  # fmt: skip
 

@@ -90,7 +90,8 @@ def _attention(query, *arrays, given, quantizers, options, implementation, confi
     if 0 in query.shape:
         return jnp.zeros_like(query), jnp.zeros(query.shape[:3], jnp.float32)
     shape = rows, positions, kv, head_dim, device.cuda_kind()
-    config = config or tuning.attention_config(KERNELS[implementation], *shape, options.num_splits)
+    bits = quantizers[0].code_bits, quantizers[1].code_bits
+    config = config or tuning.attention_config(KERNELS[implementation], *shape, options.num_splits, bits)
     sizes = {"K": kv_heads, "R": rows, "T": steps, "S": positions}
     parts = _parts(query, keys, values, kv_lengths, page_table, options, implementation, config, sizes, capability)
     unrotated = values.quantizer.rotation == "hadamard"
