@@ -41,6 +41,9 @@ HOMES = {
     "triton": {
         "tqcore/kernels/__init__.py",
         "tqcore/kernels/scores.py",
+        "tqcore/kernels/attention.py",
+        "tqcore/kernels/gluon_attention.py",
+        "tqcore/kernels/gluon_cache.py",
         "tqcore/kernels/gluon_scores.py",
         "tqcore/kernels/gluon_long_scores.py",
         "tq_torch/triton_call.py",

@@ -424,6 +424,11 @@ def _table_words(centroids: torch.Tensor) -> torch.Tensor:
     return known[1]
 
 
+def table_words(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
+    """`ScoreTable.words` of a quantizer's codebook."""
+    return _codebook_words(quantizer.head_dim, quantizer.code_bits, device)
+
+
 @cache
 def _codebook_words(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
     return _words_on(Codebook(head_dim, bits).centroids, device)

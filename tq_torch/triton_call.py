@@ -76,12 +76,12 @@ def _device_name(device: torch.device) -> str | None:
 
 
 @cache
-def _can_run_gluon(device: torch.device) -> bool:
-    """A Hopper device, and a Triton whose Gluon is the one that the kernel is written in."""
+def _can_run_gluon(device: torch.device, name: str = "gluon_long") -> bool:
+    """A Hopper device, and a Triton whose Gluon is the one that the kernel of that name is written in."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        load("gluon_long")
+        load(name)
     except ImportError:
         return False
     return True

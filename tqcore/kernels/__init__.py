@@ -5,12 +5,16 @@ from importlib import import_module
 from typing import Any
 
 from tqcore import tuning
+from tqcore.quantizer import Quantizer
 
 KERNELS = {
     "triton": ("scores", "scores_kernel"),
     "gluon": ("gluon_scores", "scores_kernel"),
     "gluon_queries": ("gluon_long_scores", "queries_kernel"),
     "gluon_long": ("gluon_long_scores", "scores_kernel"),
+    "attention": ("attention", "attention_kernel"),
+    "gluon_attention": ("gluon_attention", "attention_kernel"),
+    "merge": ("attention", "merge_kernel"),
 }
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
@@ -34,6 +38,16 @@ def gluon_is_tested() -> bool:
     return triton.__version__.startswith(GLUON_TESTED_WITH)
 
 
+@cache
+def can_load(name: str) -> bool:
+    """Whether `load` can."""
+    try:
+        load(name)
+    except ImportError:
+        return False
+    return True
+
+
 def score_constants(
     config: tuning.ScoreConfig, head_dim: int, bits: int, planes: int, codes_stride_s: int
 ) -> dict[str, int]:
@@ -49,6 +63,37 @@ def score_constants(
     }
 
 
-def stages(config: tuning.ScoreConfig, *addresses: int) -> int:
+def attention_constants(
+    config: tuning.AttentionConfig, options: Any, keys: Quantizer, values: Quantizer, page: int | None, *strides_s: int
+) -> dict[str, Any]:
+    """What every attention kernel is compiled for; `options` as in `tqcore.softmax`, `strides_s` of codes along S."""
+    return {
+        "K_STRIDE_S": strides_s[0],
+        "V_STRIDE_S": strides_s[1],
+        "D": keys.head_dim,
+        "K_BITS": keys.code_bits,
+        "V_BITS": values.code_bits,
+        "PAGE": page or 0,
+        "CAUSAL": options.is_causal,
+        "WINDOW": options.window is not None,
+        "SOFT_CAP": options.soft_cap or 0.0,
+        "ROTATE": keys.rotation == "hadamard",
+        "BLOCK_R": config.block_r,
+        "BLOCK_S": config.block_s,
+    }
+
+
+def merge_constants(splits: int, values: Quantizer, sinks: bool) -> dict[str, Any]:
+    """What the kernel that joins the parts of attention is compiled for."""
+    return {
+        "BLOCK_SPLITS": tuning.next_power_of_two(splits),
+        "D": values.head_dim,
+        "BLOCK_D": tuning.next_power_of_two(values.head_dim),
+        "SINKS": sinks,
+        "UNROTATE": values.rotation == "hadamard",
+    }
+
+
+def stages(config: Any, *addresses: int) -> int:
     """STAGES of the Gluon kernel: asynchronous copies take 16 bytes, so all bases, strides and rows must allow it."""
     return config.num_stages if all(address % 16 == 0 for address in addresses) else 1
