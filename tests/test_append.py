@@ -82,6 +82,23 @@ def test_writes_where_it_should(package, name, bits):
         assert_same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("bits", [4, 3])
+def test_the_kernel_writes_where_it_should(name, bits):
+    packed, *arrays = given(name, Quantizer(32, bits), "bfloat16", center=bits == 3)
+    larger = PackedVectors(
+        np.repeat(packed.codes, 2, 1), np.repeat(packed.norms, 2, 1), packed.quantizer, packed.center
+    )
+    on_device = larger.map(lambda a: to_array(tq_torch, a.copy()))
+    inside = PackedVectors(on_device.codes[:, ::2], on_device.norms[:, ::2], packed.quantizer, on_device.center)
+    x, starts, table = (None if a is None else to_array(tq_torch, a) for a in arrays)
+    tq_torch.append(inside, x, starts, page_table=table, implementation="triton")
+    codes, norms = expected(packed, *arrays)
+    assert_same_bits(to_numpy(inside.codes), codes)
+    assert_same_bits(to_numpy(inside.norms), norms)
+    assert_same_bits(to_numpy(on_device.codes[:, 1::2]), packed.codes)
+
+
 def test_a_wrong_start_is_seen():
     packed, x, starts, table = given("ragged", Quantizer(32))
     wanted = expected(packed, x, starts, table)

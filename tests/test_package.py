@@ -40,6 +40,7 @@ HOMES = {
     "transformers": {"tq_torch/capture.py"},
     "triton": {
         "tqcore/kernels/__init__.py",
+        "tqcore/kernels/compress.py",
         "tqcore/kernels/scores.py",
         "tqcore/kernels/gluon_scores.py",
         "tqcore/kernels/gluon_long_scores.py",
