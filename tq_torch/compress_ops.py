@@ -30,8 +30,8 @@ def compress(
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
+      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -76,8 +76,8 @@ def append(
       starts: [B] int32.
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
-      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
+      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
 
     Returns:
       PackedVectors: `packed`, whose tensors were written to.
@@ -103,8 +103,8 @@ def decompress(
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
       rotated: leaves R x̂, all of it, in place of x̂.
-      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's interpreter,
-        under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
+      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
 
     Returns:
       [..., S, D] of `dtype`.

@@ -2,9 +2,9 @@
 
     norm, index_d = number of boundaries b with b·‖x‖ < (R x)_d                x̂ = norm · Rᵀ centroids[index]
 
-Reads each vector once and writes D·bits/8 + 4 bytes. With a Hadamard rotation a thread holds a whole vector, as D arrays
-[BLOCK_V] of one coordinate each, so that no butterfly leaves it, and every sum is in the order of `tqcore.reference`.
-With any other rotation (`dense_*`) a program holds an array [BLOCK_V, BLOCK_D] and multiplies it by R in float32.
+Reads each vector once and writes D·bits/8 + 4 bytes. With a Hadamard rotation a thread holds a whole vector, which it
+loads and stores 16 bytes at a time: no butterfly leaves it, and every sum has the order of `tqcore.reference`. With any
+other rotation (`dense_*`) a program multiplies an array [BLOCK_V, BLOCK_D] by R in float32.
 Constants come in one array: boundaries, words, centroids, and the rotation (`tqcore.kernels.compress_table`).
 
 Source: docs/format.md, section 4.
@@ -73,7 +73,7 @@ def _signs(table_ptr, zero, D: tl.constexpr, V: tl.constexpr):
     """[V, D]: every thread loads them all."""
     signs = ()
     for chunk in tl.static_range(D // 4):
-        signs = signs + (_float(tl.load(table_ptr + ROTATION + chunk * 4 + tl.arange(0, 4)[None, :] + zero[:, None])),)
+        signs += (_float(tl.load(table_ptr + ROTATION + chunk * 4 + tl.arange(0, 4)[None, :] + zero[:, None])),)
     return _side_by_side(signs, 0, D // 4, V, 4)
 
 
@@ -111,7 +111,7 @@ def _bounds(radius, table_ptr, BITS: tl.constexpr):
     """The bits of the positive boundaries times radius."""
     bounds = ()
     for i in tl.static_range((1 << (BITS - 1)) - 1):
-        bounds = bounds + ((_float(tl.load(table_ptr + i)) * radius).to(tl.int32, bitcast=True),)
+        bounds += ((_float(tl.load(table_ptr + i)) * radius).to(tl.int32, bitcast=True),)
     return bounds
 
 
@@ -119,7 +119,7 @@ def _bounds(radius, table_ptr, BITS: tl.constexpr):
 def _words(table_ptr, BITS: tl.constexpr):
     words = ()
     for i in tl.static_range(1 << (BITS - 1)):
-        words = words + (tl.load(table_ptr + WORDS + i),)
+        words += (tl.load(table_ptr + WORDS + i),)
     return words
 
 
@@ -239,7 +239,7 @@ def compress_kernel(
     x = ()
     for chunk in tl.static_range(D // CHUNK_X):
         d = chunk * CHUNK_X + tl.arange(0, CHUNK_X)
-        x = x + (_loaded(x_row_ptr, center_row_ptr, d, live, D),)
+        x += (_loaded(x_row_ptr, center_row_ptr, d, live, D),)
     x = _side_by_side(x, 0, D // CHUNK_X, BLOCK_V, CHUNK_X)
     finite, usable, e = _exponent(tl.max(x.to(tl.int32, bitcast=True) & ABS_MASK, 1))
     scaled = tl.where(usable[:, None], x, 0.0) * _power_of_two(-e)[:, None]
@@ -429,7 +429,7 @@ def _load_bytes(row_ptr, live, V: tl.constexpr, N: tl.constexpr, CHUNK: tl.const
     parts = ()
     for i in tl.static_range(N // width):
         part = tl.load(row_ptr + i * width + tl.arange(0, width)[None, :], mask=live[:, None], other=0)
-        parts = parts + (part.to(tl.int32),)
+        parts += (part.to(tl.int32),)
     return _side_by_side(parts, 0, N // width, V, width)
 
 
