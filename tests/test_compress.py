@@ -121,3 +121,41 @@ def test_decoders_agree(case, rotated):
         ]  # Triton's interpreter truncates bfloat16
         same = np.isnan(got) & np.isnan(expected)
         assert (same | (np.abs(got - expected) <= limit * size)).all()
+
+
+# --- compilation ----------------------------------------------------------------------------------------------
+
+POINTERS = {"x_ptr": "*bf16", "codes_ptr": "*u8", "norms_ptr": "*fp32", "table_ptr": "*i32", "out_ptr": "*bf16"}
+POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32"}
+
+
+def compiled(name, head_dim, bits, capability):
+    """Resources of one kernel, which appends to pages where it encodes."""
+    from cubin import compile_kernel, resources
+
+    from tqcore.kernels import compress_launch, load
+
+    _, constants, num_warps = compress_launch(Quantizer(head_dim, bits), 2, encode=not name.endswith("decompress"))
+    constants |= {"center_ptr": None, "codes_in_ptr": None, "norms_in_ptr": None, "norms_stride_s": 1, "ROTATED": False}
+    kernel = load(name)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {n: POINTERS.get(n, "i32:16") for n in kernel.arg_names if n not in constants}
+    signature |= {n: "i32" for n in ("K", "N", "M", "vectors") if n in signature}
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    return resources(compile_kernel(kernel, signature, constants, capability, **options), capability)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "bits"),
+    [("compress", 128, 4), ("compress", 64, 3), ("decompress", 128, 4), ("dense_compress", 80, 3),
+     ("dense_decompress", 80, 4)],
+)  # fmt: skip
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles(in_compiling_process, name, head_dim, bits, capability, record_property):
+    taken = in_compiling_process(compiled, name, head_dim, bits, capability)
+    record_property(
+        "resources",
+        f"{name:<16} sm_{capability:<4} D={head_dim:<4} bits={bits}: {taken.registers:>3} registers, "
+        f"{taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
+    )
+    assert taken.cubin_bytes > 0 and taken.shared_bytes < 99 * 1024

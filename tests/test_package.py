@@ -41,6 +41,7 @@ HOMES = {
     "triton": {
         "tqcore/kernels/__init__.py",
         "tqcore/kernels/compress.py",
+        "tqcore/kernels/decompress.py",
         "tqcore/kernels/scores.py",
         "tqcore/kernels/gluon_scores.py",
         "tqcore/kernels/gluon_long_scores.py",

@@ -18,8 +18,8 @@ KERNELS = {
     "gluon_long": ("gluon_long_scores", "scores_kernel"),
     "compress": ("compress", "compress_kernel"),
     "dense_compress": ("compress", "dense_compress_kernel"),
-    "decompress": ("compress", "decompress_kernel"),
-    "dense_decompress": ("compress", "dense_decompress_kernel"),
+    "decompress": ("decompress", "decompress_kernel"),
+    "dense_decompress": ("decompress", "dense_decompress_kernel"),
 }
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
