@@ -40,6 +40,8 @@ HOMES = {
     "transformers": {"tq_torch/capture.py"},
     "triton": {
         "tqcore/kernels/__init__.py",
+        "tqcore/kernels/compress.py",
+        "tqcore/kernels/decompress.py",
         "tqcore/kernels/scores.py",
         "tqcore/kernels/attention.py",
         "tqcore/kernels/gluon_attention.py",
