@@ -8,7 +8,12 @@ from tqcore import checks
 from tqcore.packing import packed_dim
 from tqcore.quantizer import PackedVectors, Quantizer
 
-IMPLEMENTATIONS = ("eager",)
+try:
+    from tq_torch import triton_compress
+except ImportError:  # a torch without Triton
+    triton_compress = None
+
+IMPLEMENTATIONS = ("eager", "triton")
 
 
 def compress(
@@ -25,7 +30,8 @@ def compress(
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -70,7 +76,8 @@ def append(
       starts: [B] int32.
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
 
     Returns:
       PackedVectors: `packed`, whose tensors were written to.
@@ -96,7 +103,8 @@ def decompress(
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
       rotated: leaves R x̂, all of it, in place of x̂.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
 
     Returns:
       [..., S, D] of `dtype`.
@@ -139,20 +147,38 @@ _library.define(
 
 
 def _compress(x, center, *fields_and_implementation):
-    *of_quantizer, _ = fields_and_implementation
-    return eager.compress(x, _quantizer(*of_quantizer), center)
+    *of_quantizer, implementation = fields_and_implementation
+    quantizer = _quantizer(*of_quantizer)
+    return _module(implementation, x, quantizer).compress(x, quantizer, center)
 
 
 def _append(codes, norms, x, center, starts, page_table, *fields_and_implementation):
-    *of_quantizer, _ = fields_and_implementation
+    *of_quantizer, implementation = fields_and_implementation
+    quantizer = _quantizer(*of_quantizer)
     if 0 not in (*x.shape, *codes.shape):
-        eager.append(codes, norms, x, center, starts, page_table, _quantizer(*of_quantizer))
+        module = _module(implementation, x, quantizer, codes)
+        module.append(codes, norms, x, center, starts, page_table, quantizer)
 
 
 def _decompress(codes, norms, *fields_and_options):
-    *of_quantizer, dtype, rotated, _ = fields_and_options
-    function = eager.dequantize if rotated else eager.decompress
-    return function(codes, norms, _quantizer(*of_quantizer)).to(getattr(torch, dtype))
+    *of_quantizer, dtype, rotated, implementation = fields_and_options
+    quantizer, dtype = _quantizer(*of_quantizer), getattr(torch, dtype)
+    return _module(implementation, codes, quantizer).decompress(codes, norms, quantizer, dtype, rotated)
+
+
+def _module(implementation, tensor, quantizer, written=None):
+    """What runs an implementation; `written` are codes that are written in place."""
+    can = triton_compress is not None and triton_compress.can_do(tensor, quantizer) and 0 not in tensor.shape
+    can = can and (written is None or written.stride(3) == 1)
+    if implementation == "eager" or (not can and (implementation is None or 0 in tensor.shape)):
+        return eager
+    if not can:
+        raise NotImplementedError(
+            "'triton' needs Triton, head_dim 8 to 256, bytes of codes side by side, and CUDA tensors or "
+            f"TRITON_INTERPRET=1 in the environment, got head_dim={quantizer.head_dim} on {tensor.device}; 'eager' has "
+            "no such need."
+        )
+    return triton_compress if implementation or tensor.is_cuda else eager
 
 
 for _name, _function in (("compress", _compress), ("append", _append), ("decompress", _decompress)):

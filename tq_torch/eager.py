@@ -57,7 +57,7 @@ def compress(
 
 
 def append(codes, norms, x, center, starts, page_table, quantizer) -> None:
-    """Adds what differs from what is there, modulo 2^8 and 2^32: nothing where x has no place, and none is waited for."""
+    """Adds what differs from what is there, modulo 2^8 or 2^32: nothing where x has no place. Waits for no device."""
     new = compress(x, quantizer, center)
     batch, heads, steps = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape[:3])
     row, slot, inside = slots(codes, starts, batch[:, None], steps[None, :], page_table, torch)
@@ -67,8 +67,9 @@ def append(codes, norms, x, center, starts, page_table, quantizer) -> None:
         old.index_put_(places, changes.to(old.dtype), accumulate=True)
 
 
-def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer, dtype, rotated) -> torch.Tensor:
+    directions = _centroids_at(codes, quantizer)
+    return ((directions if rotated else unrotate(directions, quantizer)) * norms[..., None]).to(dtype)
 
 
 def dequantize(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:

@@ -74,8 +74,8 @@ def fused_qk_scores(
       scale: finite; usually 1/√D.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "eager" (any device with float64), "triton" (CUDA, 4 bits, D up to 256; on a CPU Triton's
-        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, 4 bits, D up to 256), or None: the first of gluon,
+      implementation: "eager" (any device with float64), "triton" (CUDA, 2 to 4 bits, D up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, 2 to 4 bits, D up to 256), or None: the first of gluon,
         triton and eager that can do the case on this device.
 
     Returns:
@@ -185,9 +185,10 @@ def dequantize(packed):
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
 
 NEEDS = {
-    "triton": "'triton' needs Triton, 4-bit codes of head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the "
-    "environment",
-    "gluon": "'gluon' needs Triton with Gluon, 4-bit codes of head_dim up to 256 and CUDA tensors on a Hopper device",
+    "triton": "'triton' needs Triton, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors, or "
+    "TRITON_INTERPRET=1 in the environment",
+    "gluon": "'gluon' needs Triton with Gluon, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors on a Hopper "
+    "device",
 }
 QUANTIZER = "int head_dim, int bits, str rotation, int seed, str norm"
 _library = torch.library.Library("tq_torch", "DEF")
@@ -232,7 +233,7 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     implementation = implementation or _fastest(q, width)
     if implementation == "eager":
         return eager.fused_qk_scores(q, codes, norms, words, scale)
-    if triton_call is None or width != 4 or not triton_call.can_do(implementation, q):
+    if triton_call is None or not triton_call.can_do(implementation, q, width):
         raise NotImplementedError(
             f"{NEEDS[implementation]}, got head_dim={head_dim}, bits={width} on {q.device}; 'eager' has no such need."
         )
@@ -241,10 +242,10 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
 
 def _fastest(q, width):
     """The implementation for a caller who names none."""
-    if triton_call is None or width != 4 or not q.is_cuda:
+    if triton_call is None or not q.is_cuda:
         return "eager"
     preferred = ["gluon", "triton"] if gluon_is_tested() else ["triton"]
-    return next((name for name in preferred if triton_call.can_do(name, q)), "eager")
+    return next((name for name in preferred if triton_call.can_do(name, q, width)), "eager")
 
 
 def _score_gradients(grad, q, codes, norms, centroids, bits, scale):
@@ -321,6 +322,11 @@ def _table_words(centroids: torch.Tensor) -> torch.Tensor:
         checks.check_centroid_values(values)
         known = _WORDS[centroids] = version, _words_on(values, centroids.device)
     return known[1]
+
+
+def table_words(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
+    """`ScoreTable.words` of a quantizer's codebook."""
+    return _codebook_words(quantizer.head_dim, quantizer.code_bits, device)
 
 
 @cache
