@@ -7,7 +7,7 @@
 Source: https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/attention.html.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from functools import partial
 from types import MappingProxyType
@@ -50,7 +50,7 @@ class CompressedAttention(nnx.MultiHeadAttention):
         self.cache_options = tuple(sorted(cache_options.items()))
         if rotary is not None:
             self.attention_fn = partial(_rotated, rotary, self.attention_fn)
-        self.cache: nnx.Cache | None = nnx.data(None)
+        self.cache: Any = nnx.data(None)  # nnx.Cache of a KVCache, once `init_cache` made it
 
     @classmethod
     def of(cls, module: nnx.MultiHeadAttention, **options: Any) -> "CompressedAttention":
@@ -66,7 +66,7 @@ class CompressedAttention(nnx.MultiHeadAttention):
             setattr(made, name, getattr(module, name))
         return made
 
-    def init_cache(self, input_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> None:
+    def init_cache(self, input_shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> None:
         """Makes an empty cache.
 
         Args:
@@ -138,13 +138,13 @@ def compress_attention(
     for path, module in found:
         if not path:
             return make(module)
-        parent = model
+        parent: Any = model
         for name in path[:-1]:
-            parent = parent[name] if isinstance(name, int) else getattr(parent, name)
+            parent = parent[name] if isinstance(name, int) else getattr(parent, str(name))
         if isinstance(path[-1], int):
             parent[path[-1]] = make(module)
         else:
-            setattr(parent, path[-1], make(module))
+            setattr(parent, str(path[-1]), make(module))
     return model
 
 
@@ -187,20 +187,23 @@ class CompressedAttentionLinen(linen.Module):
         query = dense(features=(self.num_heads, head_dim), name="query")(inputs)
         key, value = (dense(features=(kv_heads, head_dim), name=name)(inputs) for name in ("key", "value"))
         out_dense = dense(features=self.out_features or inputs.shape[-1], name="out", axis=(-2, -1))
+        if not self.decode:
+            return out_dense(self._dense(query, key, value))
         started = self.has_variable("cache", "kv")
-        if self.decode:
-            quantizers = [_quantizer(bits, head_dim) for bits in (self.keys, self.values)]
-            make = partial(
-                KVCache.zeros, inputs.shape[0], kv_heads, self.max_length, *quantizers, dtype=key.dtype.name,
-                **self.cache_options,
-            )  # fmt: skip
-            variable = self.variable("cache", "kv", make)
-        if not (self.decode and started):
-            attend = jax.nn.dot_product_attention
-            attend = attend if self.rotary is None else partial(_rotated, self.rotary, attend)
-            return out_dense(attend(query, key, value, is_causal=True))
+        quantizers = [_quantizer(bits, head_dim) for bits in (self.keys, self.values)]
+        make = partial(
+            KVCache.zeros, inputs.shape[0], kv_heads, self.max_length, *quantizers, dtype=key.dtype.name,
+            **self.cache_options,
+        )  # fmt: skip
+        variable: Any = self.variable("cache", "kv", make)
+        if not started:
+            return out_dense(self._dense(query, key, value))
         out, variable.value = _cached(variable.value, query, key, value, self.rotary, counts)
         return out_dense(out)
+
+    def _dense(self, query, key, value):
+        attend = partial(jax.nn.dot_product_attention, is_causal=True)
+        return attend(query, key, value) if self.rotary is None else _rotated(self.rotary, attend, query, key, value)
 
 
 def _cached(cache, query, key, value, rotary, counts):
