@@ -1,7 +1,4 @@
-"""Generates with a Flax model whose attention reads a compressed cache: `tqjax.flax` on examples/tiny_lm.py.
-
-Where attention is nnx.MultiHeadAttention, `tqjax.flax.compress_attention(model, window=32)` does all of `Attention`.
-"""
+"""Generates with a Flax model whose attention reads a compressed cache: `tqjax.flax` on examples/tiny_lm.py."""
 
 import sys
 from functools import partial
@@ -17,7 +14,7 @@ from tqjax.flax import CompressedAttention, init_cache
 
 
 class Attention(nnx.Module):
-    """`tiny_lm.Attention` with a cache."""
+    """With a cache; for nnx.MultiHeadAttention, `tqjax.flax.compress_attention(model, window=32)` does it all."""
 
     def __init__(self, dense: tiny_lm.Attention, **cache_options):
         config = dense.config
