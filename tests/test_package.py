@@ -40,8 +40,12 @@ HOMES = {
     "transformers": {"tq_torch/capture.py"},
     "triton": {
         "tqcore/kernels/__init__.py",
+        "tqcore/kernels/compress.py",
+        "tqcore/kernels/decompress.py",
         "tqcore/kernels/scores.py",
         "tqcore/kernels/attention.py",
+        "tqcore/kernels/gluon_attention.py",
+        "tqcore/kernels/gluon_cache.py",
         "tqcore/kernels/gluon_scores.py",
         "tqcore/kernels/gluon_long_scores.py",
         "tq_torch/triton_call.py",

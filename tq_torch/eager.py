@@ -17,7 +17,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import code_bits, pack, unpack
+from tqcore.packing import code_bits, pack, slots, unpack
 from tqcore.quantizer import Quantizer
 
 
@@ -35,8 +35,10 @@ def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return (x.double() @ matrix(quantizer, x.device)).float()
 
 
-def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
-    x = x.float()
+def compress(
+    x: torch.Tensor, quantizer: Quantizer, center: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.float() if center is None else x.float() - center
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
@@ -54,8 +56,20 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
     return pack(indices, torch, quantizer.code_bits), torch.where(finite, length * power_of_two(e), float("nan"))
 
 
-def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+def append(codes, norms, x, center, starts, page_table, quantizer) -> None:
+    """Adds what differs from what is there, modulo 2^8 or 2^32: nothing where x has no place. Waits for no device."""
+    new = compress(x, quantizer, center)
+    batch, heads, steps = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape[:3])
+    row, slot, inside = slots(codes, starts, batch[:, None], steps[None, :], page_table, torch)
+    places, inside = (row[:, None, :], heads[:, None], slot[:, None, :]), inside[:, None, :]
+    for old, put in ((codes, new[0]), (norms.view(torch.int32), new[1].view(torch.int32))):
+        changes = torch.where(inside[..., None] if put.ndim == 4 else inside, put - old[places], 0)
+        old.index_put_(places, changes.to(old.dtype), accumulate=True)
+
+
+def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer, dtype, rotated) -> torch.Tensor:
+    directions = _centroids_at(codes, quantizer)
+    return ((directions if rotated else unrotate(directions, quantizer)) * norms[..., None]).to(dtype)
 
 
 def dequantize(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:

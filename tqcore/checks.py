@@ -123,6 +123,37 @@ def check_vectors(x: Any, quantizer: Any, center: Any = None) -> None:
         _check_center("center", center, x.shape)
 
 
+def check_append(packed, x, starts, page_table) -> None:
+    """The arguments of `append`. Values of starts and page numbers are never wrong: they say what is written."""
+    check_packed("packed", packed)
+    check_array("packed.codes", packed.codes, "[B, K, S, P]" if page_table is None else "[N, K, page, P]", ("uint8",))
+    check_array("x", x, "[B, K, T, D]", FLOATS)
+    _check_width("x", x, "[B, K, T, D]", packed.quantizer)
+    if packed.residual is not None:
+        raise ValueError("`packed` must have no residual to be appended to, got vectors with qjl=True.")
+    (batch, kv_heads), (sequences, held) = x.shape[:2], packed.codes.shape[:2]
+    if kv_heads != held:
+        raise ValueError(f"`x` and `packed` must have one number of heads, got {kv_heads} and {held}.")
+    if page_table is None and batch != sequences:
+        raise ValueError(f"`x` and `packed` must have one batch size, got {batch} and {sequences}.")
+    _check_axes("starts", starts, "[B]", "int32", "batch size of `x`", batch)
+    if page_table is not None:
+        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `x`", batch)
+    if packed.center is not None:
+        axes = (1,) * (4 - len(packed.center.shape)) + tuple(packed.center.shape)
+        if axes[2] != 1 or (page_table is not None and axes[0] != 1):
+            raise ValueError(
+                "`packed.center` must be one for all positions, and in a pool for all pages, "
+                f"got shape {list(packed.center.shape)}."
+            )
+
+
+def check_decompress(packed: Any, dtype: Any, rotated: Any) -> None:
+    check_packed("packed", packed)
+    check_dtype(dtype)
+    check_flag("rotated", rotated)
+
+
 def check_keys(keys: Any) -> None:
     """The argument of `key_center`."""
     check_array("keys", keys, "[..., S, D]", FLOATS)

@@ -4,6 +4,8 @@ Scores are exact: each backend returns the bits that `fused_qk_scores` returns h
 follows a softmax agree within a tolerance.
 """
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,14 +24,16 @@ from tqcore.fixed_point import (
     tree_sum,
     unit,
 )
-from tqcore.packing import pack, unpack
+from tqcore.packing import pack, slots, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import rotate, unrotate
 
 IMPLEMENTATIONS = ("numpy",)
 
 
-def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None) -> PackedVectors:
+def compress(
+    x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None, implementation: str | None = None
+) -> PackedVectors:
     """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
 
     A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
@@ -40,6 +44,7 @@ def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None)
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
+      implementation: "numpy" or None.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -49,6 +54,7 @@ def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None)
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_vectors(x, quantizer, center)
     x = x.astype(np.float32)
     residual = None
@@ -62,12 +68,55 @@ def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None)
     return PackedVectors(codes, norms, quantizer, center, residual)
 
 
-def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
+def append(
+    packed: PackedVectors,
+    x: NDArray,
+    starts: NDArray[np.int32],
+    *,
+    page_table: NDArray[np.int32] | None = None,
+    implementation: str | None = None,
+) -> PackedVectors:
+    """Compresses vectors into their places of a cache: x[b, :, t] goes to position starts[b] + t of sequence b.
+
+    Codes and norms are those of `compress(x, packed.quantizer, center=packed.center)`. A position outside 0 to S - 1
+    is not written, nor is one on a page that does not exist: a start of -T or less leaves its sequence alone.
+
+    Args:
+      packed: PackedVectors [B, K, S, D], S the capacity, or a pool [N, K, page, D]. A center has an S axis of 1, in a
+        pool a first axis of 1 too, and is subtracted from x. No residual.
+      x: [B, K, T, D] float32, bfloat16 or float16.
+      starts: [B] int32.
+      page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
+        sequences may write to one place.
+      implementation: "numpy" or None.
+
+    Returns:
+      PackedVectors: `packed`, whose arrays were written to.
+
+    Raises:
+      ValueError: an argument does not fit.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_append(packed, x, starts, page_table)
+    new = compress(x, packed.quantizer, center=packed.center)
+    batch, steps = np.arange(x.shape[0], dtype=np.int32)[:, None], np.arange(x.shape[2], dtype=np.int32)[None, :]
+    row, slot, inside = slots(packed.codes, starts, batch, steps, page_table, np)
+    b, t = np.nonzero(inside)
+    packed.codes[row[b, t], :, slot[b, t]] = new.codes[b, :, t]
+    packed.norms[row[b, t], :, slot[b, t]] = new.norms[b, :, t]
+    return packed
+
+
+def decompress(
+    packed: PackedVectors, *, dtype="float32", rotated: bool = False, implementation: str | None = None
+) -> NDArray:
     """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
 
     Args:
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
+      rotated: leaves R x̂, all of it, in place of x̂.
+      implementation: "numpy" or None.
 
     Returns:
       [..., S, D] of `dtype`.
@@ -75,13 +124,15 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
     Raises:
       ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
     """
-    checks.check_packed("packed", packed)
-    checks.check_dtype(dtype)
-    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
-    if packed.residual is not None:
-        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_decompress(packed, dtype, rotated)
+    quantizer, residual = packed.quantizer, packed.residual
+    turn = partial(rotate, quantizer=quantizer) if rotated else np.asarray
+    vectors = (_centroids_at if rotated else _directions)(packed.codes, quantizer) * packed.norms[..., None]
+    if residual is not None:
+        vectors = vectors + turn(_decode(residual.codes, residual.norms, residual.quantizer))
     if packed.center is not None:
-        vectors = vectors + packed.center
+        vectors = vectors + turn(packed.center)
     return vectors.astype(checks.dtype_name(dtype))
 
 
@@ -237,8 +288,16 @@ def _encode(x: NDArray[np.float32], quantizer: Quantizer) -> tuple[NDArray[np.ui
 
 def _decode(codes: NDArray[np.uint8], norms: NDArray[np.float32], quantizer: Quantizer) -> NDArray[np.float32]:
     """norm · Rᵀ centroids[index]."""
-    indices = unpack(codes, np, quantizer.code_bits)
-    return unrotate(quantizer.codebook.centroids[indices], quantizer) * norms[..., None]
+    return _directions(codes, quantizer) * norms[..., None]
+
+
+def _directions(codes: NDArray[np.uint8], quantizer: Quantizer) -> NDArray[np.float32]:
+    """Rᵀ centroids[index]."""
+    return unrotate(_centroids_at(codes, quantizer), quantizer)
+
+
+def _centroids_at(codes: NDArray[np.uint8], quantizer: Quantizer) -> NDArray[np.float32]:
+    return quantizer.codebook.centroids[unpack(codes, np, quantizer.code_bits)]
 
 
 def packed_scores(query: NDArray, keys: PackedVectors, scale: float) -> NDArray[np.float32]:

@@ -134,8 +134,11 @@ def _converted_queries(q, words, rows, kv, shape, capability):
     )  # fmt: skip
 
 
-def launch(kernel, arrays, outs, constants, *, grid, capability, **options):
-    """Calls a Triton or Gluon kernel whose pointers are `arrays`, then `outs`; `constants` are the rest, by name."""
+def launch(kernel, arrays, outs, constants, *, grid, capability, aliases=None, **options):
+    """Calls a Triton or Gluon kernel whose pointers are `arrays`, then `outs`; `constants` are the rest, by name.
+
+    `aliases` says which of `arrays` is which of `outs`, by number.
+    """
     types = tuple(TYPES[x.dtype.name] for x in (*arrays, *outs))
     compiled = _compile(kernel, types, tuple(constants.items()), capability, tuple(options.items()))
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
@@ -145,7 +148,8 @@ def launch(kernel, arrays, outs, constants, *, grid, capability, **options):
     sizes = {"grid_x": grid[0], "grid_y": grid[1], "grid_z": 1, "shared_mem_bytes": metadata.shared}
     sizes |= {"block_x": 32 * metadata.num_warps, "block_y": 1, "block_z": 1}
     attributes = {"name": name, "kernel_type": "ptx", "kernel_data": ptx} | {k: np.int32(v) for k, v in sizes.items()}
-    return jax.ffi.ffi_call(TARGET, [*outs, *scratch])(*arrays, **attributes)[: len(outs)]
+    call = jax.ffi.ffi_call(TARGET, [*outs, *scratch], input_output_aliases=aliases)
+    return call(*arrays, **attributes)[: len(outs)]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import code_bits, pack, unpack
+from tqcore.packing import code_bits, pack, slots, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
@@ -39,25 +39,38 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return jnp.matmul(x, matrix(quantizer), precision=lax.Precision.HIGHEST)
 
 
-def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> PackedVectors:
-    """All but the center itself, which need not pass through `jit`."""
-    x = x.astype(jnp.float32)
-    if center is not None:
-        x = _rounded(x) - _rounded(center)
-    codes, norms = _encode(x, quantizer)
+def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None, encode, decode) -> PackedVectors:
+    """All but the center itself. `encode` and `decode` are those of this module, or kernels."""
+    codes, norms = encode(x, quantizer, center)
     residual = None
     if quantizer.residual is not None:
-        rest = x - _decode(codes, norms, quantizer)
-        residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
+        rest = _centered(x, center) - decode(codes, norms, quantizer)
+        residual = PackedVectors(*encode(rest, quantizer.residual, None), quantizer.residual)
     return PackedVectors(codes, norms, quantizer, None, residual)
 
 
-def decompress(packed: PackedVectors, dtype) -> jax.Array:
-    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
-    if packed.residual is not None:
-        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
-    if packed.center is not None:
-        vectors = vectors + packed.center
+def append(codes, norms, x, center, starts, page_table, quantizer):
+    """Codes and norms with x in its places; what has none goes past the first axis, and is dropped there."""
+    new_codes, new_norms = encode(x, quantizer, center)
+    batch, steps = (jnp.arange(x.shape[axis], dtype=jnp.int32) for axis in (0, 2))
+    row, slot, inside = slots(codes, starts, batch[:, None], steps[None, :], page_table, jnp)
+    row = jnp.where(inside, row, codes.shape[0])
+
+    def put(old, new):
+        return old.at[row, :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+    return put(codes, new_codes), put(norms, new_norms)
+
+
+def decompress(packed: PackedVectors, dtype, rotated, decode) -> jax.Array:
+    turn = functools.partial(rotate, quantizer=packed.quantizer) if rotated else jnp.asarray
+    residual, center = packed.residual, packed.center
+    alone = residual is None and center is None
+    vectors = decode(packed.codes, packed.norms, packed.quantizer, dtype if alone else "float32", rotated)
+    if residual is not None:
+        vectors = vectors + turn(decode(residual.codes, residual.norms, residual.quantizer, "float32", False))
+    if center is not None:
+        vectors = vectors + turn(center)
     return vectors.astype(dtype)
 
 
@@ -80,11 +93,17 @@ def _rounded(x):
     return jnp.where(jnp.isfinite(x), x, x + x)
 
 
-def _encode(x, quantizer):
+def _centered(x, center):
+    x = x.astype(jnp.float32)
+    return x if center is None else _rounded(x) - _rounded(center)
+
+
+def encode(x, quantizer, center=None):
     """Codes and norms, without a residual.
 
     A product that is added to passes through a minimum that changes nothing, which keeps XLA from fusing the two.
     """
+    x = _centered(x, center)
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
@@ -102,9 +121,10 @@ def _encode(x, quantizer):
     return pack(indices, jnp, quantizer.code_bits), jnp.where(finite, length * power_of_two(e), jnp.nan)
 
 
-def _decode(codes, norms, quantizer):
-    """norm · Rᵀ centroids[index]."""
-    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+def decode(codes, norms, quantizer, dtype="float32", rotated=False):
+    """norm · Rᵀ centroids[index], or not rotated back."""
+    directions = _centroids_at(codes, quantizer)
+    return ((directions if rotated else unrotate(directions, quantizer)) * norms[..., None]).astype(dtype)
 
 
 def dequantize(packed: PackedVectors) -> jax.Array:

@@ -4,8 +4,12 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tqcore import tuning
 from tqcore.quantizer import Quantizer
+from tqcore.rotation import inverse_sqrt, matrix, signs
 
 KERNELS = {
     "triton": ("scores", "scores_kernel"),
@@ -15,6 +19,10 @@ KERNELS = {
     "attention": ("attention", "attention_kernel"),
     "gluon_attention": ("gluon_attention", "attention_kernel"),
     "merge": ("attention", "merge_kernel"),
+    "compress": ("compress", "compress_kernel"),
+    "dense_compress": ("compress", "dense_compress_kernel"),
+    "decompress": ("decompress", "decompress_kernel"),
+    "dense_decompress": ("decompress", "dense_decompress_kernel"),
 }
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
@@ -46,6 +54,40 @@ def can_load(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def compress_table(quantizer: Quantizer) -> NDArray[np.int32]:
+    """[32 + D or D²] int32 for encoders and decoders: bits of the positive boundaries from 0 on; from 8 on those of the
+    positive centroids, with their place in the lowest three; from 16 on all centroids; from 32 on signs or R."""
+    codebook, half = quantizer.codebook, 2 ** (quantizer.code_bits - 1)
+    table = np.zeros(32, np.float32)
+    table[: half - 1] = codebook.boundaries[half:]
+    table[8 : 8 + half] = codebook.centroids[half:]
+    table[16 : 16 + 2 * half] = codebook.centroids
+    of_hadamard = quantizer.rotation == "hadamard"
+    rotation = signs(quantizer) if of_hadamard else matrix(quantizer).reshape(-1)
+    words = np.concatenate([table, rotation]).view(np.int32)
+    words[8 : 8 + half] |= np.arange(half, dtype=np.int32)
+    return words
+
+
+def can_compress(quantizer: Quantizer) -> bool:
+    """Whether the encoders and decoders take this quantizer."""
+    return 8 <= quantizer.head_dim <= tuning.MAX_HEAD_DIM
+
+
+def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tuple[str, dict[str, Any], int]:
+    """Name, constants and warps of an encoder of vectors, or a decoder to vectors, of `itemsize` bytes a coordinate."""
+    head_dim, bits = quantizer.head_dim, quantizer.code_bits
+    constants: dict[str, Any] = {"D": head_dim, "BITS": bits}
+    if encode:
+        constants["CORRECTED"] = quantizer.norm == "corrected"
+    name = "compress" if encode else "decompress"
+    if quantizer.rotation != "hadamard":
+        block_d = max(32, tuning.next_power_of_two(head_dim))
+        return f"dense_{name}", constants | {"BLOCK_V": 16 if block_d > 128 else 32, "BLOCK_D": block_d}, 4
+    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "BLOCK_V": 32, "CHUNK_X": min(head_dim, 16 // itemsize)}
+    return name, constants | {"CHUNK_P": 16}, 1
 
 
 def score_constants(

@@ -1,0 +1,71 @@
+"""Launches the encoders and decoders of `tqcore.kernels` on torch tensors."""
+
+from functools import cache
+
+import torch
+
+from tq_torch.triton_call import INTERPRETED
+from tqcore import tuning
+from tqcore.kernels import can_compress, compress_launch, compress_table, load
+from tqcore.quantizer import Quantizer
+
+
+def can_do(x: torch.Tensor, quantizer: Quantizer) -> bool:
+    """Whether a kernel takes tensors of this device and this quantizer."""
+    return can_compress(quantizer) and (x.is_cuda or INTERPRETED)
+
+
+def compress(x, quantizer, center=None):
+    """x [..., S, D] -> codes [..., S, P], norms [..., S]."""
+    codes = x.new_empty((*x.shape[:-1], quantizer.packed_dim), dtype=torch.uint8)
+    norms = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    vectors = None if center is None else center.expand(x.shape)
+    if x.ndim != 4:
+        shape = 1, -1, x.shape[-2], x.shape[-1]
+        vectors, x = None if center is None else vectors.reshape(shape), x.reshape(shape)
+    of_codes, of_norms = codes.view(*x.shape[:3], -1), norms.view(x.shape[:3])
+    _encode(x, vectors, None, None, of_codes, of_norms, quantizer)
+    return codes, norms
+
+
+def append(codes, norms, x, center, starts, page_table, quantizer):
+    """Writes x [B, K, T, D] into codes [N, K, S, P], contiguous along P, and norms [N, K, S]."""
+    center = None if center is None else center.expand(x.shape)
+    table = None if page_table is None else page_table.contiguous()
+    _encode(x, center, starts.contiguous(), table, codes, norms, quantizer)
+
+
+def _encode(x, center, starts, page_table, codes, norms, quantizer):
+    x = x if x.stride(3) == 1 else x.contiguous()
+    if center is not None and center.stride(3) != 1:
+        center = center.contiguous()
+    name, constants, num_warps = compress_launch(quantizer, x.element_size(), encode=True)
+    vectors, pages = x.shape[:3].numel(), 0 if page_table is None else page_table.shape[1]
+    load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
+        x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, vectors,
+        *x.stride()[:3], *((0, 0, 0) if center is None else center.stride()[:3]), *codes.stride()[:3], *norms.stride(),
+        x.shape[1], x.shape[2], codes.shape[2], codes.shape[0], pages,
+        **constants, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def decompress(codes, norms, quantizer, dtype, rotated):
+    """codes [..., S, P], norms [..., S] -> [..., S, D]."""
+    out = norms.new_empty((*norms.shape, quantizer.head_dim), dtype=dtype)
+    if codes.ndim != 4:
+        codes, norms = codes.reshape(1, -1, *codes.shape[-2:]), norms.reshape(1, -1, norms.shape[-1])
+    codes = codes if codes.stride(3) == 1 else codes.contiguous()
+    name, constants, num_warps = compress_launch(quantizer, out.element_size(), encode=False)
+    vectors = norms.numel()
+    load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
+        codes, norms, None, _table(quantizer, codes.device), out, vectors,
+        *codes.stride()[:3], *norms.stride(), 0, 0, 0, codes.shape[1], codes.shape[2],
+        **constants, ROTATED=rotated, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _table(quantizer, device):
+    with torch.inference_mode(False):
+        return torch.tensor(compress_table(quantizer), device=device)

@@ -1,0 +1,175 @@
+"""The public operations that write and read packed vectors: check, choose the implementation, call it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tqcore import checks
+from tqcore.quantizer import PackedVectors, Quantizer
+from tqjax import triton_compress, xla
+from tqjax.ops import check_devices
+
+IMPLEMENTATIONS = ("xla", "triton")
+
+
+def compress(
+    x: jax.Array, quantizer: Quantizer, *, center: jax.Array | None = None, implementation: str | None = None
+) -> PackedVectors:
+    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
+
+    A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
+    counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
+
+    Args:
+      x: [..., S, D] float32, bfloat16 or float16.
+      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
+      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
+        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
+      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
+        where it can on CUDA, else xla.
+
+    Returns:
+      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
+
+    Raises:
+      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
+
+    Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_vectors(x, quantizer, center)
+    if center is None:
+        return _compress(jnp.asarray(x), quantizer, None, implementation)
+    check_devices(x=x, center=center)
+    center = jnp.asarray(center)
+    return dataclasses.replace(_compress(jnp.asarray(x), quantizer, center, implementation), center=center)
+
+
+def append(
+    packed: PackedVectors,
+    x: jax.Array,
+    starts: jax.Array,
+    *,
+    page_table: jax.Array | None = None,
+    implementation: str | None = None,
+) -> PackedVectors:
+    """Compresses vectors into their places of a cache: x[b, :, t] goes to position starts[b] + t of sequence b.
+
+    Codes and norms are those of `compress(x, packed.quantizer, center=packed.center)`. A position outside 0 to S - 1
+    is not written, nor is one on a page that does not exist: a start of -T or less leaves its sequence alone.
+    Works under `jit`, `scan` and `vmap`; where `packed` is donated, or carried by a loop, it is written in place.
+
+    Args:
+      packed: PackedVectors [B, K, S, D], S the capacity, or a pool [N, K, page, D]. A center has an S axis of 1, in a
+        pool a first axis of 1 too, and is subtracted from x. No residual.
+      x: [B, K, T, D] float32, bfloat16 or float16.
+      starts: [B] int32.
+      page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
+        sequences may write to one place.
+      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
+        where it can on CUDA, else xla.
+
+    Returns:
+      PackedVectors: `packed` with other arrays.
+
+    Raises:
+      ValueError: an argument does not fit.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_append(packed, x, starts, page_table)
+    check_devices(x=x, starts=starts, page_table=page_table, codes=packed.codes)
+    page_table = None if page_table is None else jnp.asarray(page_table)
+    vectors = packed.map(jnp.asarray)
+    codes, norms = _append(vectors, jnp.asarray(x), jnp.asarray(starts), page_table, implementation)
+    return dataclasses.replace(packed, codes=codes, norms=norms)
+
+
+def decompress(
+    packed: PackedVectors, *, dtype="float32", rotated: bool = False, implementation: str | None = None
+) -> jax.Array:
+    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
+
+    Args:
+      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
+      dtype: float32, bfloat16 or float16.
+      rotated: leaves R x̂, all of it, in place of x̂.
+      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
+        where it can on CUDA, else xla.
+
+    Returns:
+      [..., S, D] of `dtype`.
+
+    Raises:
+      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_decompress(packed, dtype, rotated)
+    return _decompress(packed.map(jnp.asarray), checks.dtype_name(dtype), rotated, implementation)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _compress(x, quantizer, center, implementation):
+    """All but the center itself, which need not pass through `jit`."""
+    encode = functools.partial(_encode, implementation=implementation)
+    decode = functools.partial(_decode, dtype="float32", rotated=False, implementation=implementation)
+    return xla.compress(x, quantizer, center, encode, decode)
+
+
+def _encode(x, quantizer, center, implementation):
+    return _choose(
+        implementation, quantizer, functools.partial(triton_compress.compress, quantizer=quantizer),
+        functools.partial(xla.encode, quantizer=quantizer), x, center=center,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _append(packed, x, starts, page_table, implementation):
+    quantizer = packed.quantizer
+    return _choose(
+        implementation, quantizer, functools.partial(triton_compress.append, quantizer=quantizer),
+        functools.partial(xla.append, quantizer=quantizer), packed.codes, packed.norms, x,
+        center=packed.center, starts=starts, page_table=page_table,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _decompress(packed, dtype, rotated, implementation):
+    decode = functools.partial(_decode, implementation=implementation)
+    return xla.decompress(packed, dtype, rotated, decode)
+
+
+def _decode(codes, norms, quantizer, dtype, rotated, implementation):
+    options = {"quantizer": quantizer, "dtype": dtype, "rotated": rotated}
+    return _choose(
+        implementation, quantizer, functools.partial(triton_compress.decompress, **options),
+        functools.partial(xla.decode, **options), codes, norms,
+    )  # fmt: skip
+
+
+def _choose(implementation, quantizer, kernel, plain, *arrays, **named):
+    """Calls one implementation on `arrays` and those of `named`, which may be None."""
+    names = [name for name, x in named.items() if x is not None]
+    operands = [*arrays, *(named[name] for name in names)]
+
+    def with_names(function):
+        def call(*operands):
+            given = dict.fromkeys(named) | dict(zip(names, operands[len(arrays) :], strict=True))
+            return function(*operands[: len(arrays)], **given)
+
+        return call
+
+    if implementation == "xla" or any(0 in x.shape for x in operands):
+        return with_names(plain)(*operands)
+    if not triton_compress.can_do(quantizer):
+        if implementation is None:
+            return with_names(plain)(*operands)
+        raise NotImplementedError(
+            "'triton' needs CUDA, an installed Triton and head_dim 8 to 256, "
+            f"got head_dim={quantizer.head_dim}; 'xla' has no such need."
+        )
+    if implementation == "triton":
+        return with_names(kernel)(*operands)
+    return lax.platform_dependent(*operands, cuda=with_names(kernel), default=with_names(plain))
