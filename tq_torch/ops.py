@@ -1,13 +1,11 @@
 """The public operations: check, choose the implementation, call it through `torch.library`."""
 
 from functools import cache
-from os import PathLike
 
 import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import tqcore
 from tq_torch import eager
 from tqcore import center as center_of
 from tqcore import checks, fixed_point
@@ -171,21 +169,6 @@ def rotary_center(
     return center_of.rotary(bias.float(), positions.float()[:, None] * turns, interleaved, torch)
 
 
-def from_dlpack(packed: PackedVectors) -> PackedVectors:
-    """The same vectors as torch tensors over the same memory, from any library that speaks DLPack."""
-    return packed.map(torch.from_dlpack)
-
-
-def save_file(packed: PackedVectors | dict[str, PackedVectors], path: str | PathLike) -> None:
-    """Writes packed vectors, or a dict of them by name; see `tqcore.save_file`."""
-    tqcore.save_file(_map_file(packed, lambda tensor: tensor.cpu().numpy()), path)
-
-
-def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
-    """Reads what `save_file` wrote, as CPU tensors; see `tqcore.load_file`."""
-    return _map_file(tqcore.load_file(path), torch.from_numpy)
-
-
 def packed_scores(query, keys, scale, implementation=None):
     """Scores of the codes and norms alone."""
     rotated, bits = rotate(query, keys.quantizer), keys.quantizer.code_bits
@@ -197,12 +180,6 @@ def dequantize(packed):
     """norm · centroids[index] [..., S, D], not rotated back."""
     quantizer = packed.quantizer
     return torch.ops.tq_torch.dequantize(packed.codes, packed.norms, quantizer.head_dim, quantizer.code_bits)
-
-
-def _map_file(packed, function):
-    if isinstance(packed, PackedVectors):
-        return packed.map(function)
-    return {name: vectors.map(function) for name, vectors in packed.items()}
 
 
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------

@@ -262,11 +262,6 @@ def rotary_center(bias: NDArray, positions: NDArray, *, theta: float = 10_000.0,
     return center_of.rotary(bias.astype(np.float32), angles, interleaved, np)
 
 
-def from_dlpack(packed: PackedVectors) -> PackedVectors:
-    """The same vectors as NumPy arrays over the same memory, from any library that speaks DLPack on the CPU."""
-    return packed.map(np.from_dlpack)
-
-
 def _encode(x: NDArray[np.float32], quantizer: Quantizer) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Codes and norms, without a residual."""
     bits = magnitude_bits(x)

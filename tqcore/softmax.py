@@ -130,7 +130,7 @@ def seen_alone(keys, values, kv_lengths, page_table, steps, options, library):
     """Keys and values [B, K, S, D] without pages, zeros where no query sees them."""
     used = used_positions(kv_lengths, steps, library.arange(context_size(keys, page_table)), options)
     if page_table is not None:
-        keys, values = _gathered(keys, values, page_table, used, library.xp)
+        keys, values = gathered(keys, values, page_table, used, library.xp)
     return tuple(_blanked(packed, used[:, None], library.xp) for packed in (keys, values))
 
 
@@ -220,14 +220,14 @@ def _total(total, peak, xp):
 
 
 def _attend(logits, vectors, visible, num_splits, library):
-    """`_attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
+    """`attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
     if num_splits == 1:
-        return _attend_part(logits, vectors, visible, library)
+        return attend_part(logits, vectors, visible, library)
     size = max(1, -(-logits.shape[-1] // num_splits))
 
     def part(start):
         at = slice(start, start + size)
-        return _attend_part(logits[..., at], vectors[:, :, at], visible[..., at], library)
+        return attend_part(logits[..., at], vectors[:, :, at], visible[..., at], library)
 
     out, lse = part(0)
     for start in range(size, logits.shape[-1], size):
@@ -235,7 +235,7 @@ def _attend(logits, vectors, visible, num_splits, library):
     return out, lse
 
 
-def _attend_part(logits, vectors, visible, library):
+def attend_part(logits, vectors, visible, library):
     """logits [B, H, T, S], vectors [B, K, S, D], visible [B, 1, 1 or T, S] -> out [B, H, T, D], lse [B, H, T]."""
     xp, (batch, heads, steps, size) = library.xp, logits.shape
     logits = xp.where(visible, logits, -math.inf)
@@ -289,7 +289,7 @@ def _blanked(packed, used, xp):
     return replace(packed, norms=xp.where(used, packed.norms, 0.0), center=center, residual=residual)
 
 
-def _gathered(keys, values, page_table, used, xp):
+def gathered(keys, values, page_table, used, xp):
     """Keys and values [B, K, M·page, D] of the pools; a used page that does not exist has keys of norm NaN."""
     (batch, pages), (pool, kv_heads, page) = page_table.shape, keys.codes.shape[:3]
     numbers = xp.clip(page_table, 0, pool - 1)

@@ -1,7 +1,6 @@
 """The public operations: check, choose the implementation, call it."""
 
 import functools
-from os import PathLike
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from jax import lax
 from jax.core import Tracer
 from numpy.typing import NDArray
 
-import tqcore
 from tqcore import center as center_of
 from tqcore import checks, fixed_point, tuning
 from tqcore.kernels import gluon_is_tested, lookup
@@ -179,21 +177,6 @@ def rotary_center(
     """
     checks.check_rotary(bias, positions, theta)
     return _rotary_center(jnp.asarray(bias), jnp.asarray(positions), float(theta), bool(interleaved))
-
-
-def from_dlpack(packed: PackedVectors) -> PackedVectors:
-    """The same vectors as JAX arrays over the same memory, from any library that speaks DLPack."""
-    return packed.map(jax.dlpack.from_dlpack)
-
-
-def save_file(packed: PackedVectors | dict[str, PackedVectors], path: str | PathLike) -> None:
-    """Writes packed vectors, or a dict of them by name; see `tqcore.save_file`."""
-    tqcore.save_file(jax.tree.map(np.asarray, packed), path)
-
-
-def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
-    """Reads what `save_file` wrote, onto the default device; see `tqcore.load_file`."""
-    return jax.tree.map(jnp.asarray, tqcore.load_file(path))
 
 
 _rotate = jax.jit(xla.rotate, static_argnums=1)
