@@ -3,10 +3,11 @@
     python3 benchmarks/cache.py               to benchmarks/results/<device>/cache.json
     python3 benchmarks/cache.py --dry-run     tiny sizes on a CPU, to --out only
 
-The shape is Llama-3.1-8B's: 32 layers, 8 key heads of 128, 32 query heads; batch 8. Memory: caches of all layers, filled
-in chunks, against bfloat16 tensors of the same capacity. Time: a step of four layers, each of which appends a token
-and attends over S, in torch as a CUDA graph, in JAX as one compiled function whose caches are donated; bfloat16 writes
-its token into a tensor and attends by the better of flash and cuDNN (torch), or cuDNN (JAX). Medians of samples.
+The shape is Llama-3.1-8B's: 32 layers, 8 key heads of 128, 32 query heads; batch 8. Memory: caches of all layers,
+filled in chunks, against bfloat16 tensors of the same capacity. Time: a step of four layers, each of which appends a
+token and attends over S, in torch as a CUDA graph, in JAX as one compiled function whose caches are donated; bfloat16
+writes its token into a tensor and attends by the better of flash and cuDNN (torch), or by cuDNN (JAX). Microseconds a
+layer, medians of samples.
 
 Exit status: 0, or 1 where an output is wrong, or 2 where CUDA is missing.
 """
