@@ -27,7 +27,7 @@ APPENDS = 16  # of keys and values, in one program of JAX
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the results; None: benchmarks/results/<device>")
     parser.add_argument("--quick", action="store_true", help="only 4 bits")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no case after as many")
@@ -132,23 +132,25 @@ def encode_and_decode(bits, device, lead, dry) -> list[dict]:
     return rows
 
 
-def _torch_call(op, quantizer, implementation, *arrays):
+def _torch_call(op, quantizer, implementation, first, *norms):
     import tq_torch
     from tqcore import PackedVectors
 
     if op == "compress":
-        return tq_torch.compress(*arrays, quantizer, implementation=implementation).codes
-    return tq_torch.decompress(PackedVectors(*arrays, quantizer), dtype="bfloat16", implementation=implementation)
+        return tq_torch.compress(first, quantizer, implementation=implementation).codes
+    return tq_torch.decompress(
+        PackedVectors(first, norms[0], quantizer), dtype="bfloat16", implementation=implementation
+    )
 
 
-def _jax_call(op, quantizer, implementation, *arrays):
+def _jax_call(op, quantizer, implementation, first, *norms):
     import tqjax
     from tqcore import PackedVectors
 
     if op == "compress":
-        packed = tqjax.compress(*arrays, quantizer, implementation=implementation)
+        packed = tqjax.compress(first, quantizer, implementation=implementation)
         return packed.codes, packed.norms
-    return tqjax.decompress(PackedVectors(*arrays, quantizer), dtype="bfloat16", implementation=implementation)
+    return tqjax.decompress(PackedVectors(first, norms[0], quantizer), dtype="bfloat16", implementation=implementation)
 
 
 def append(bits, device, lead, dry) -> list[dict]:
@@ -173,7 +175,7 @@ def append(bits, device, lead, dry) -> list[dict]:
         return codes[0]
 
     groups = [(at,) for at in starts]
-    functions = {("torch", name): (functools.partial(both, name), groups) for name in ("triton", "eager")}
+    functions: dict = {("torch", name): (functools.partial(both, name), groups) for name in ("triton", "eager")}
     for name in () if dry else ("triton", "xla"):
         functions["jax", name] = _JaxAppends(name, quantizer, codes, norms, x, starts), None
     return _timed("append", functions, case, bits, bytes_, lead)

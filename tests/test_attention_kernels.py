@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import test_lookup
 import torch
-import triton
-import triton.language as tl
 from attention_cases import CAUSAL, PLAIN, attention_inputs, attention_oracle
 from backends import (
     ATTENTION_BACKENDS,
@@ -27,7 +25,7 @@ import tq_torch
 import tqjax
 from tq_torch import dense_attention, triton_attention
 from tqcore import kernels, softmax, tuning
-from tqcore.kernels import attention, attention_constants, gluon_attention, lookup, merge_constants, stages
+from tqcore.kernels import attention, attention_constants, gluon_attention, merge_constants, stages
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import dense_attention as jax_dense_attention
 from tqjax import pallas_attention
@@ -133,40 +131,6 @@ def test_compiles(in_compiling_process, kernel, capability, shape, record_proper
         assert "prmt.b32" in ptx and "ex2.approx" in ptx and ("cp.async" in ptx or shape[0] == 80)
     if capability == 90 and shape[2] <= 16:
         assert taken.spill_bytes == 0
-
-
-# --- the order of columns, which no interpreter runs --------------------------------------------------------------
-
-
-def coordinates(columns, bits):
-    return attention._coordinate.fn(np.arange(columns), bits, True)
-
-
-@pytest.mark.parametrize("bits", lookup.BITS)
-def test_columns_are_those_of_the_look_up(bits):
-    """Four bytes after the other, result by result."""
-    _, levels, results = test_lookup.given(bits, lookup.as_they_come(bits), lookup.FIELDS[bits])
-    columns = np.stack(results, 1).reshape(len(levels), -1)
-    natural = levels.reshape(len(levels), -1)
-    np.testing.assert_array_equal(columns, natural[:, coordinates(natural.shape[1], bits)])
-    assert np.any(columns != natural)
-
-
-@triton.jit
-def columns_kernel(x_ptr, out_ptr, BITS: tl.constexpr):
-    i = tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 32)[None, :] * 2
-    columns = attention._columns(tl.load(x_ptr + i), tl.load(x_ptr + i + 1), 2, 32, BITS, True)
-    tl.store(out_ptr + tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :], columns)
-
-
-@pytest.mark.parametrize("bits", lookup.BITS)
-def test_queries_have_the_same_columns(bits):
-    x = torch.arange(128, dtype=torch.int32, device=DEVICE)
-    out = torch.empty_like(x)
-    columns_kernel[(1,)](x, out, BITS=bits)
-    expected = coordinates(64, bits)
-    assert sorted(expected) == list(range(64))
-    np.testing.assert_array_equal(to_numpy(out).reshape(2, 64), np.stack([expected, 64 + expected]))
 
 
 def test_levels_as_float16(monkeypatch):

@@ -83,7 +83,8 @@ def check(case: Case, codes: np.ndarray, norms: np.ndarray, expected) -> None:
 
 
 def encoded(case, strided=False):
-    x, center = (None if a is None else to_array(tq_torch, a) for a in vectors(case))
+    values, shift = vectors(case)
+    x, center = to_array(tq_torch, values), None if shift is None else to_array(tq_torch, shift)
     if strided:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     with _TorchPoison(()), np.errstate(all="ignore"):

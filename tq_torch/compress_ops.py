@@ -1,5 +1,7 @@
 """The public operations that write and read packed vectors: check, choose the implementation, call it."""
 
+from typing import Any
+
 import torch
 
 from tq_torch import eager
@@ -50,8 +52,8 @@ def compress(
     if quantizer.residual is not None:
         x = x.float() if fixed is None else x.float() - fixed
         rest = x - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer), "float32", False, implementation)
-        signs = torch.ops.tq_torch.compress(rest, None, *_fields(quantizer.residual), implementation)
-        residual = PackedVectors(*signs, quantizer.residual)
+        signs, lengths = torch.ops.tq_torch.compress(rest, None, *_fields(quantizer.residual), implementation)
+        residual = PackedVectors(signs, lengths, quantizer.residual)
     return PackedVectors(codes, norms, quantizer, center, residual)
 
 
@@ -166,7 +168,7 @@ def _decompress(codes, norms, *fields_and_options):
     return _module(implementation, codes, quantizer).decompress(codes, norms, quantizer, dtype, rotated)
 
 
-def _module(implementation, tensor, quantizer, written=None):
+def _module(implementation, tensor, quantizer, written=None) -> Any:
     """What runs an implementation; `written` are codes that are written in place."""
     can = triton_compress is not None and triton_compress.can_do(tensor, quantizer) and 0 not in tensor.shape
     can = can and (written is None or written.stride(3) == 1)

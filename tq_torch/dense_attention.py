@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from tq_torch import eager_attention, ops
+from tq_torch import compress_ops, eager_attention
 from tqcore import softmax
 
 MASK_BYTES = 2**26  # of one call: so many query positions are taken at a time
@@ -22,14 +22,14 @@ def attention(query, keys, values, kv_lengths, page_table, options):
     dense = {"scale": options.scale, "dropout_p": 0.0}
     if kv_lengths is None and page_table is None and options.window is None and steps <= size:
         mask = causal_lower_right(steps, size) if options.is_causal and steps > 1 else None
-        keys, values = (ops.decompress(packed, dtype=query.dtype) for packed in (keys, values))
+        keys, values = (compress_ops.decompress(packed, dtype=query.dtype) for packed in (keys, values))
         return scaled_dot_product_attention(query, keys, values, mask, enable_gqa=heads != kv_heads, **dense)
     if kv_lengths is None:
         kv_lengths = torch.full((batch,), size, dtype=torch.int32, device=query.device)
     keys, values = softmax.seen_alone(
         keys, values, kv_lengths, page_table, steps, options, eager_attention.library_of(query)
     )
-    keys, values = (ops.decompress(packed, dtype=query.dtype) for packed in (keys, values))
+    keys, values = (compress_ops.decompress(packed, dtype=query.dtype) for packed in (keys, values))
     rows = query.reshape(batch, kv_heads, heads // kv_heads, steps, head_dim)
     positions, outs = torch.arange(size, dtype=torch.int32, device=query.device), []
     chunk = max(1, MASK_BYTES // (batch * rows.shape[2] * size))

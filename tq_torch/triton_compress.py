@@ -22,7 +22,7 @@ def compress(x, quantizer, center=None):
     vectors = None if center is None else center.expand(x.shape)
     if x.ndim != 4:
         shape = 1, -1, x.shape[-2], x.shape[-1]
-        vectors, x = None if center is None else vectors.reshape(shape), x.reshape(shape)
+        vectors, x = None if vectors is None else vectors.reshape(shape), x.reshape(shape)
     of_codes, of_norms = codes.view(*x.shape[:3], -1), norms.view(x.shape[:3])
     _encode(x, vectors, None, None, of_codes, of_norms, quantizer)
     return codes, norms

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tqcore import checks, softmax
-from tqjax import device, ops, xla_attention
+from tqjax import compress_ops, device, xla_attention
 
 SCORES = 2**26  # of one call: so many query positions are taken at a time
 CUDNN_DIM = 128  # up to which cuDNN takes any head_dim that is a multiple of 8
@@ -22,7 +22,7 @@ def attention(query, keys, values, kv_lengths, page_table, options):
         return jnp.zeros_like(query)
     keys, values = softmax.seen_alone(keys, values, kv_lengths, page_table, steps, options, xla_attention.LIBRARY)
     dtype = checks.dtype_name(query.dtype)
-    keys, values = (ops.decompress(packed, dtype=dtype).swapaxes(1, 2) for packed in (keys, values))
+    keys, values = (compress_ops.decompress(packed, dtype=dtype).swapaxes(1, 2) for packed in (keys, values))
     chunk = min(steps, max(1, SCORES // (batch * heads * size)))
     chunks = -(-steps // chunk)
     rows = query.reshape(batch, kv_heads, heads // kv_heads, steps, head_dim).transpose(3, 0, 2, 1, 4)

@@ -50,6 +50,12 @@ add.f16x2 $1, $1, bias;
 }"""
 
 
+def _beside(even, odd):
+    """[rows, columns] twice -> [rows, 2·columns], one after the other: no byte leaves its register."""
+    rows, columns = even.shape
+    return jnp.stack([even, odd], -1).transpose(0, 2, 1).reshape(rows, 2 * columns)
+
+
 def _apply(x, asm):
     """One instruction on each float."""
     shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -122,7 +128,7 @@ def _attention_kernel(
     i = jnp.arange(2 * block_r)
     q_even, q_odd = _query(q_ref, pl.program_id(2) * block_r + i % block_r, block_p)
     n_even, n_odd, e = _fixed_point(q_even, q_odd)
-    q_even, q_odd = _plane(n_even, i[:, None] // block_r), _plane(n_odd, i[:, None] // block_r)
+    q = _beside(_plane(n_even, i[:, None] // block_r), _plane(n_odd, i[:, None] // block_r))
     e = jnp.max(e.reshape(2, block_r), axis=0)
     factor = np.float32(options.scale) * _float(k_table_ref[4]) * _float((e + 127) << 23)
     factor = jnp.where(e == NOT_FINITE, NAN, factor) * np.float32(1.0 if options.soft_cap else LOG2_E)
@@ -146,7 +152,7 @@ def _attention_kernel(
     last = jnp.minimum(last, first + part)
 
     def attend(block, carry):
-        m, total, out_even, out_odd = carry
+        m, total, out = carry
         s = first + block * block_s + jnp.arange(block_s)
         inside = there = s < last
         slot = head * slots + s
@@ -157,8 +163,8 @@ def _attention_kernel(
             slot = (jnp.where(there, number, 0) * kv_heads + kv_head) * page + s % page
         codes, high = _load_codes(k_codes_ref, slot[:, None], inside[:, None], D, block_p, bits[0], ptx)
         norm = _finite(plgpu.load(k_norms_ref.at[slot], mask=there, other=NAN), ptx)
-        even, odd = _levels(codes, high, k_words, bits[0], ptx)
-        hi, lo = jnp.split(_dot(even, q_even) + _dot(odd, q_odd), 2, axis=1)
+        levels = _beside(*_levels(codes, high, k_words, bits[0], ptx))
+        hi, lo = jnp.split(_dot(levels, q), 2, axis=1)
         x = (hi * 128 + lo).astype(jnp.float32) * (norm[:, None] * factor[None, :])
         if options.soft_cap:
             x = _soft_cap(x, options.soft_cap, ptx) * LOG2_E
@@ -179,29 +185,27 @@ def _attention_kernel(
         total = total * shrink[None, :] + weights * inverse[:, None]
         weights = jnp.where(seen, weights * (norm * inverse)[:, None], 0.0).astype(jnp.float16)
         even, odd = _levels(codes, high, v_words, bits[1], ptx)
-        out_even = out_even * shrink[None, :] + _dot_values(_half(even, ptx), weights)
-        out_odd = out_odd * shrink[None, :] + _dot_values(_half(odd, ptx), weights)
-        return peak, total, out_even, out_odd
+        levels = _beside(_half(even, ptx), _half(odd, ptx))
+        return peak, total, out * shrink[None, :] + _dot_values(levels, weights)
 
-    zeros = jnp.zeros((block_p, block_r), jnp.float32)
-    carry = jnp.full(block_r, NOTHING), jnp.zeros((block_s, block_r), jnp.float32), zeros, zeros
+    zeros = (jnp.zeros((size, block_r), jnp.float32) for size in (block_s, 2 * block_p))
+    carry = jnp.full(block_r, NOTHING), *zeros
     count = (jnp.maximum(last - first, 0) + block_s - 1) // block_s
-    m, total, out_even, out_odd = lax.fori_loop(0, count, attend, carry)
+    m, total, out = lax.fori_loop(0, count, attend, carry)
 
     # m becomes that of the logits alone, so that Σ 2^(x - m) is 1 to 2.
     total = jnp.sum(total, axis=0)
     exponent = jnp.where(total > 0.0, (_bits(total) >> 23) - 127, 0)
     power = _float((127 - exponent) << 23)
-    p = jnp.arange(block_p)[:, None]
-    live = (p < D // 2) & (r[None, :] < R)
-    plgpu.store(out_ref.at[r[None, :], 2 * p], out_even * power[None, :], mask=live)
-    plgpu.store(out_ref.at[r[None, :], 2 * p + 1], out_odd * power[None, :], mask=live)
+    column = jnp.arange(2 * block_p)[:, None]
+    d = 2 * (column % block_p) + column // block_p
+    plgpu.store(out_ref.at[r[None, :], d], out * power[None, :], mask=(d < D) & (r[None, :] < R))
     plgpu.store(ml_ref.at[jnp.zeros_like(r), r], m + exponent.astype(jnp.float32), mask=r < R)
     plgpu.store(ml_ref.at[jnp.ones_like(r), r], total * power, mask=r < R)
 
 
 def _dot_values(levels, weights):
-    """[S, D/2] × [S, R] -> [D/2, R]."""
+    """[S, D] × [S, R] -> [D, R]."""
     return lax.dot_general(levels, weights, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 

@@ -45,7 +45,8 @@ def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None, encod
     residual = None
     if quantizer.residual is not None:
         rest = _centered(x, center) - decode(codes, norms, quantizer)
-        residual = PackedVectors(*encode(rest, quantizer.residual, None), quantizer.residual)
+        signs, lengths = encode(rest, quantizer.residual, None)
+        residual = PackedVectors(signs, lengths, quantizer.residual)
     return PackedVectors(codes, norms, quantizer, None, residual)
 
 

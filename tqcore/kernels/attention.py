@@ -18,7 +18,6 @@ import math
 import triton
 import triton.language as tl
 
-from tqcore.kernels import lookup
 from tqcore.kernels.scores import NOT_FINITE, _finite, _fixed_point, _levels, _load_codes, _plane
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -46,69 +45,10 @@ add.f16x2 $1, $1, bias;
 }""")
 
 
-LOOKUP_2, LOOKUP_3, LOOKUP_4 = (tl.constexpr(lookup.as_they_come(bits)) for bits in lookup.BITS)
-CONSTRAINTS_2, CONSTRAINTS_3, CONSTRAINTS_4 = (
-    tl.constexpr(lookup.constraints(bits, lookup.FIELDS[bits])) for bits in lookup.BITS
-)
-
-
 @triton.jit
-def _entries(codes, high, w0, w1, w2, w3, BITS: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr):
-    """The table entries of all coordinates, [keys, 2·BLOCK_P], in the order of `_coordinate`.
-
-    int8, or float16 from a table of entries plus 128 where HALF.
-    """
-    if not PTX:
-        even, odd = _levels(codes, high, w0, w1, w2, w3, BITS, PTX)
-        entries = tl.join(_half(even, HALF, PTX), _half(odd, HALF, PTX))
-    elif BITS == 4:
-        front, back = tl.inline_asm_elementwise(
-            LOOKUP_4, CONSTRAINTS_4, [codes, w0, w1, w2, w3], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
-        )
-        entries = tl.permute(_by_word(front, back, HALF), [0, 1, 3, 2])
-    else:
-        if BITS == 3:
-            a, b, c, d = tl.inline_asm_elementwise(
-                LOOKUP_3, CONSTRAINTS_3, [codes, high, w0, w1], dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
-                is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            a, b, c, d = tl.inline_asm_elementwise(
-                LOOKUP_2, CONSTRAINTS_2, [codes, w0], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
-            )
-        entries = tl.permute(tl.join(_by_word(a, b, HALF), _by_word(c, d, HALF)), [0, 1, 4, 3, 2])
-    return tl.reshape(entries, [codes.shape[0], codes.shape[1] * (2 if BITS == 4 else 4)])
-
-
-@triton.jit
-def _by_word(front, back, HALF: tl.constexpr):
-    """Two results of a look-up, [keys, words, 4, 2]."""
-    KEYS: tl.constexpr = front.shape[0]
-    WORDS: tl.constexpr = front.shape[1] // 4
-    front, back = _half(front, HALF, True), _half(back, HALF, True)
-    return tl.join(tl.reshape(front, [KEYS, WORDS, 4]), tl.reshape(back, [KEYS, WORDS, 4]))
-
-
-@triton.jit
-def _coordinate(column, BITS: tl.constexpr, PTX: tl.constexpr):
-    """The coordinate of each column of `_entries`."""
-    if not PTX:
-        return column
-    if BITS == 4:
-        return column ^ 1
-    return (column & -16) + ((column & 6) << 1) + ((~column & 1) << 1) + (column >> 3 & 1)
-
-
-@triton.jit
-def _columns(even, odd, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Even and odd coordinates [ROWS, BLOCK_P] as the columns of `_entries`."""
-    if PTX and BITS == 4:
-        even, odd = odd, even
-    x = tl.join(even, odd)
-    if PTX and BITS != 4:
-        a, b = tl.split(tl.permute(tl.reshape(x, [ROWS, BLOCK_P // 8, 2, 2, 2, 2]), [0, 1, 5, 2, 3, 4]))
-        x = tl.join(b, a)
-    return tl.reshape(x, [ROWS, 2 * BLOCK_P])
+def _beside(even, odd):
+    """[rows, columns] twice -> [rows, 2·columns], one after the other: no byte leaves its register."""
+    return tl.reshape(tl.permute(tl.join(even, odd), [0, 2, 1]), [even.shape[0], 2 * even.shape[1]])
 
 
 @triton.jit
@@ -161,15 +101,11 @@ def _inverse(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _half(biased, HALF: tl.constexpr, PTX: tl.constexpr):
-    """int8 levels as float16, from levels plus 128; as they are without HALF."""
-    if not HALF:
-        levels = biased
-    elif PTX:
-        levels = tl.inline_asm_elementwise(TO_HALF, "=&r,=&r,r", [biased], dtype=tl.float16, is_pure=True, pack=4)
-    else:
-        levels = ((biased.to(tl.int32) & 255) - 128).to(tl.float16)
-    return levels
+def _half(biased, PTX: tl.constexpr):
+    """int8 levels as float16, from levels plus 128."""
+    if PTX:
+        return tl.inline_asm_elementwise(TO_HALF, "=&r,=&r,r", [biased], dtype=tl.float16, is_pure=True, pack=4)
+    return ((biased.to(tl.int32) & 255) - 128).to(tl.float16)
 
 
 @triton.jit
@@ -257,7 +193,7 @@ def attention_kernel(
     q_even, q_odd = _query(q_ptr + head.to(tl.int64) * R * D, signs_ptr, row, R, D, ROTATE, 2 * BLOCK_R, BLOCK_P)
     n_even, n_odd, e = _fixed_point(q_even, q_odd)
     q_even, q_odd = _plane(n_even, i[:, None] // BLOCK_R), _plane(n_odd, i[:, None] // BLOCK_R)
-    q = _columns(q_even, q_odd, 2 * BLOCK_R, BLOCK_P, K_BITS, PTX)
+    q = _beside(q_even, q_odd)
     e = tl.max(tl.reshape(e, [2, BLOCK_R]), 0)
     power = ((e + 127) << 23).to(tl.float32, bitcast=True)
     factor = scale * tl.load(k_table_ptr + 4).to(tl.float32, bitcast=True) * power
@@ -305,7 +241,8 @@ def attention_kernel(
             v_code, v_norm = page * v_codes_stride_b + slot * V_STRIDE_S, page * v_norms_stride_b + slot
         codes, high = _load_codes(k_codes_ptr + k_code[:, None], inside[:, None], D, BLOCK_P, K_BITS, PTX)
         norm = _finite(tl.load(k_norms_ptr + k_norm, mask=there, other=float("nan")), PTX)
-        products = tl.dot(_entries(codes, high, k0, k1, k2, k3, K_BITS, False, PTX), q.T, out_dtype=tl.int32)
+        even, odd = _levels(codes, high, k0, k1, k2, k3, K_BITS, PTX)
+        products = tl.dot(_beside(even, odd), q.T, out_dtype=tl.int32)
         hi, lo = tl.split(tl.permute(tl.reshape(products, [BLOCK_S, 2, BLOCK_R]), [0, 2, 1]))
         x = (hi * 128 + lo).to(tl.float32) * (norm[:, None] * factor[None, :])
         if SOFT_CAP != 0.0:
@@ -327,7 +264,8 @@ def attention_kernel(
         shrink = _exp2(m - reference, PTX)
         total = tl.fma(weights, inverse[:, None], total * shrink[None, :])
         weights = tl.where(seen, weights * (norm * inverse)[:, None], 0.0).to(tl.float16)
-        levels = _entries(codes, high, v0, v1, v2, v3, V_BITS, True, PTX)
+        even, odd = _levels(codes, high, v0, v1, v2, v3, V_BITS, PTX)
+        levels = _beside(_half(even, PTX), _half(odd, PTX))
         out = tl.dot(levels.T, weights, out * shrink[None, :])
         m = peak
 
@@ -336,7 +274,8 @@ def attention_kernel(
     exponent = tl.where(total > 0.0, (total.to(tl.int32, bitcast=True) >> 23) - 127, 0)
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     out_row = (head.to(tl.int64) * splits + split) * R + r[None, :]
-    d = _coordinate(tl.arange(0, 2 * BLOCK_P), V_BITS, PTX)[:, None]
+    column = tl.arange(0, 2 * BLOCK_P)[:, None]
+    d = 2 * (column % BLOCK_P) + column // BLOCK_P
     tl.store(out_ptr + out_row * D + d, out * power[None, :], mask=(d < D) & (r[None, :] < R))
     ml_ptr += (head.to(tl.int64) * splits + split) * 2 * R
     tl.store(ml_ptr + r, m + exponent, mask=r < R)
