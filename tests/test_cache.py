@@ -346,6 +346,19 @@ def test_torch_compiles_whole(options):
     assert_same_bits(to_numpy(cache.keys.codes), to_numpy(plain.keys.codes))
 
 
+def test_torch_heads_over_ranks():
+    """A rank of tensor parallelism has a cache of its own heads, which gives its part of the outputs."""
+    rng = np.random.default_rng(17)
+    arrays = given(tq_torch, random(rng, K, 20), random(rng, K, 20), random(rng, K * G, 20))
+    _, whole = step(zeros(tq_torch, window=4), *arrays)
+    for rank in range(K):
+        cache = tq_torch.KVCache.zeros(B, 1, CAPACITY, KEYS, VALUES, window=4, device=DEVICE)
+        _, out = step(
+            cache, arrays[0][:, rank : rank + 1], arrays[1][:, rank : rank + 1], arrays[2][:, rank * G :][:, :G]
+        )
+        assert_close(to_numpy(out), to_numpy(whole[:, rank * G :][:, :G]), LIMIT)
+
+
 # --- what caches refuse ---------------------------------------------------------------------------------------------
 
 
