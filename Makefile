@@ -15,7 +15,7 @@ gpu bench: VENV = .venv-gpu
 
 .SECONDEXPANSION:
 
-demo: $$(SETUP)  ## a real model's keys, compressed once and scored by both frameworks; CPU
+demo: $$(SETUP)  ## a real model's keys scored by both frameworks, and text from compressed caches; CPU
 	$(PY) examples/demo.py $(DEMO)
 
 test: $$(SETUP)  ## the whole suite; kernels interpreted, and compiled without a GPU

@@ -32,6 +32,8 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels of tq_torch are defined
     jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
+import generate  # noqa: E402
+
 import tq_torch.ops  # noqa: E402
 
 HELD_OUT_FILE = "gzip.py"
@@ -240,7 +242,9 @@ def main() -> int:
     show_bits_per_byte(model)
     draw(dense, packed, measured, args.out)
     console.print(f"picture: {args.out}", soft_wrap=True)
-    return 0 if agree else 1
+    console.rule("Generated from dense and from compressed caches, in JAX and in PyTorch")
+    _, alike = generate.compare(count=2, prompt=96, tokens=48, window=32, show=2)
+    return 0 if agree and alike else 1
 
 
 if __name__ == "__main__":

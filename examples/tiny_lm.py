@@ -52,11 +52,15 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, is_causal=True), 1, 2)
 
 
-def rotary(x: jax.Array, theta: float) -> jax.Array:
-    """Rotates the pairs (i, i + D / 2) of x [B, H, T, D] by angle t * theta^(-2 i / D) at position t."""
-    positions, half = x.shape[-2], x.shape[-1] // 2
+def rotary(x: jax.Array, theta: float, positions: jax.Array | None = None) -> jax.Array:
+    """Rotates the pairs (i, i + D / 2) of x [B, H, T, D] by angle t * theta^(-2 i / D) at position t.
+
+    `positions` broadcast to x without its last axis; None means 0 to T - 1.
+    """
+    half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(positions, dtype=jnp.float32)[:, None] * frequencies
+    positions = jnp.arange(x.shape[-2]) if positions is None else positions
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

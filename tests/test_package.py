@@ -33,7 +33,7 @@ ISOLATION = {
     "tq_torch": ["jax", "jaxlib", "flax", "safetensors", "transformers", "tqjax"],
 }
 HOMES = {
-    "flax": {"tqjax/capture.py"},
+    "flax": {"tqjax/capture.py", "tqjax/flax.py"},
     "matplotlib": {"tqcore/report.py"},
     "rich": {"tqcore/report.py"},
     "safetensors": {"tqcore/file.py"},

@@ -256,6 +256,23 @@ def test_batches_are_repeated_and_selected():
     assert_close(to_numpy(after), to_numpy(expected), 1e-5)
 
 
+def test_files(tmp_path):
+    """A cache goes on where it was saved; one of another model is refused."""
+    model, ids = make("llama"), prompts()
+    cache = TurboQuantCache(model.config, window=4)
+    with pytest.raises(ValueError, match="have seen positions to be saved, got none in layer.0"):
+        cache.save(tmp_path / "cache")
+    logits(model, ids, cache, NAME, steps=1)
+    cache.save(tmp_path / "cache")
+    loaded = TurboQuantCache(model.config).load(tmp_path / "cache", DEVICE)
+    assert loaded.get_seq_length() == 20 and loaded.nbytes == cache.nbytes
+    with torch.no_grad():
+        after, expected = (model(ids[:, :1], past_key_values=held).logits for held in (loaded, cache))
+    assert torch.equal(after, expected)
+    with pytest.raises(ValueError, match="must hold the caches"):
+        TurboQuantCache(make("llama", num_hidden_layers=2).config).load(tmp_path / "cache")
+
+
 def test_refused():
     config = make("llama").config
     with pytest.raises(ValueError, match="`dense_layers` must be indices of 4 layers, got 4"):

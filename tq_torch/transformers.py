@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers.masking_utils import (  # pyright: ignore[reportMissingImports
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # pyright: ignore[reportMissingImports]
 
-from tq_torch.cache import KVCache
+from tq_torch.cache import KVCache, load_file, save_file
 from tqcore import cache_checks
 from tqcore.quantizer import Quantizer
 
@@ -85,9 +86,35 @@ class TurboQuantCache(transformers.Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays of all layers."""
-        tensors = (x for layer in self.layers for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor))
-        caches = (layer.cache for layer in self.layers if getattr(layer, "cache", None) is not None)
-        return sum(x.nbytes for x in (*tensors, *caches))
+        parts = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values", "cache"))
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def save(self, path: str | PathLike) -> None:
+        """Writes the packed layers as "layer.0" and so on: a file that `tqjax.load_file` reads too.
+
+        Raises:
+          ValueError: a layer is empty, or dense in transformers' own layer.
+        """
+        caches = {f"layer.{i}": getattr(layer, "cache", None) for i, layer in enumerate(self.layers)}
+        missing = [name for name, cache in caches.items() if cache is None]
+        if missing:
+            raise ValueError(f"layers must be packed and have seen positions to be saved, got none in {missing[0]}.")
+        save_file(caches, path)
+
+    def load(self, path: str | PathLike, device: Any = None) -> "TurboQuantCache":
+        """Takes the layers of a file, whichever framework wrote it, in place of its own; returns itself.
+
+        Raises:
+          ValueError: the file does not hold a cache for each layer, and no others.
+        """
+        caches, names = load_file(path), [f"layer.{i}" for i in range(len(self.layers))]
+        held = sorted(caches) if isinstance(caches, dict) else []
+        known = all(isinstance(layer, TurboQuantLayer) for layer in self.layers)
+        if held != sorted(names) or not known or not all(isinstance(caches[name], KVCache) for name in names):
+            raise ValueError(f"{path} must hold the caches {names} for packed layers, got {held}.")
+        for layer, name in zip(self.layers, names, strict=True):
+            layer.take(caches[name].map(lambda x: x.to(device)))
+        return self
 
 
 @dataclass(frozen=True)
@@ -111,7 +138,7 @@ class TurboQuantLayer(cache_utils.CacheLayerMixin):
         self.key_quantizer, self.value_quantizer, self.options = keys, values, options
         self.max_length, self.dense_returning = max_length, dense_returning
         self.is_compileable = max_length is not None
-        self.cache: KVCache | None = None
+        self.cache: Any = None  # the KVCache, once shapes are known
         self.seen: Any = 0  # positions of the batch, padding included; a tensor where the cache does not grow
         self.is_empty = True
 
@@ -133,6 +160,12 @@ class TurboQuantLayer(cache_utils.CacheLayerMixin):
                 self.cache.map(_fix_address)
                 _fix_address(self.seen)
         self.is_initialized = True
+
+    def take(self, cache: Any) -> None:
+        """Goes on with a `KVCache` that has been filled elsewhere."""
+        self.cache, self.dtype = cache, getattr(torch, cache.config.dtype)
+        self.device, self.max_length, self.is_compileable = cache.lengths.device, None, False
+        self.seen, self.is_empty, self.is_initialized = int(cache.lengths.max()), False, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         """What attention is to read: a `Handle` twice, or with `dense_returning` keys and values [B, K, S, D]."""

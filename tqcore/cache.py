@@ -248,13 +248,10 @@ class KVCache:
         def vectors(packed):
             if self.page_table is not None:
                 return packed
-            shared = packed.center is None or packed.center.shape[0] != self.batch
-            return replace(
-                packed,
-                codes=packed.codes[indices],
-                norms=packed.norms[indices],
-                center=packed.center if shared else packed.center[indices],
-            )
+            center = packed.center
+            if center is not None and center.shape[0] == self.batch:
+                center = center[indices]
+            return replace(packed, codes=packed.codes[indices], norms=packed.norms[indices], center=center)
 
         arrays = {name: x[indices] for name, x in self.arrays().items() if name != "frozen"}
         return self._with(keys=vectors(self.keys), values=vectors(self.values), **arrays)

@@ -117,3 +117,12 @@ def check_cache(name: str, cache: Any) -> None:
         wrong.append("page_table")
     if wrong:
         raise ValueError(f"the arrays of `{name}` must fit each other and {config}, got {wrong[0]} that does not.")
+
+
+def check_flax_decode(has_cache: bool, has_inputs: bool, has_mask: bool, has_dropout: bool) -> None:
+    """What an attention module can be asked for while it decodes."""
+    if not has_cache:
+        raise ValueError("`init_cache` must be called before decoding, got a module without a cache.")
+    for name, given in (("`inputs_k`", has_inputs), ("`mask`", has_mask), ("dropout", has_dropout)):
+        if given:
+            raise ValueError(f"decoding is causal self-attention without dropout, got {name}.")
