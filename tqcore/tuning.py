@@ -9,6 +9,7 @@ from typing import Any
 MAX_HEAD_DIM = 256  # of the kernels
 ROW_GROUP = 8  # query rows that are converted, and padded, together
 LONG_ROWS = 32  # query rows a key head, past which scores are a product of matrices
+FEW_VECTORS = 8192  # up to which a launch that compresses takes as long as one vector does
 UNKNOWN = "NVIDIA H200"  # whose parameters other devices take
 
 
@@ -59,6 +60,30 @@ def score_config(
     along, across = (row_blocks, key_blocks) if kernel == "gluon_long" else (key_blocks, row_blocks)
     blocks = steps(heads * across, along, wave, entry["longest"])
     return ScoreConfig(entry["block_r"], entry["block_s"], blocks, entry["num_warps"], entry["num_stages"])
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """The launch of a kernel that compresses or decompresses.
+
+    Args:
+      lanes: of a warp that share a vector, a power of two.
+      num_warps: as in Triton.
+    """
+
+    lanes: int
+    num_warps: int
+
+    @property
+    def rows(self) -> int:
+        """Vectors of a program."""
+        return 32 // self.lanes * self.num_warps
+
+
+def compress_config(vectors: int, head_dim: int) -> CompressConfig:
+    """The launch for so many vectors of D coordinates: few of them are spread over more lanes and programs."""
+    lanes = min(next_power_of_two(head_dim) // 8, 4 if vectors > FEW_VECTORS else 8)
+    return CompressConfig(lanes, 4 if vectors > FEW_VECTORS else 1)
 
 
 def steps(programs: int, blocks: int, wave: int, longest: int) -> int:

@@ -5,12 +5,16 @@ from importlib import import_module
 from typing import Any
 
 from tqcore import tuning
+from tqcore.quantizer import Quantizer
+from tqcore.rotation import inverse_sqrt
 
 KERNELS = {
     "triton": ("scores", "scores_kernel"),
     "gluon": ("gluon_scores", "scores_kernel"),
     "gluon_queries": ("gluon_long_scores", "queries_kernel"),
     "gluon_long": ("gluon_long_scores", "scores_kernel"),
+    "compress": ("compress", "compress_kernel"),
+    "decompress": ("compress", "decompress_kernel"),
 }
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
@@ -43,6 +47,30 @@ def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, code
         "BLOCK_R": config.block_r,
         "BLOCK_S": config.block_s,
         "BLOCK_P": tuning.packed_block(head_dim),
+    }
+
+
+def can_compress(head_dim: int) -> bool:
+    """Whether the kernels that compress and decompress take vectors of this size: whole groups of eight."""
+    return head_dim % 8 == 0 and head_dim <= tuning.MAX_HEAD_DIM
+
+
+def compress_constants(quantizer: Quantizer, config: tuning.CompressConfig) -> dict[str, Any]:
+    """What the kernels that compress and decompress are compiled for."""
+    codebook = quantizer.codebook
+    levels = codebook.levels[len(codebook.levels) // 2 :].tolist()
+    low, high = (int.from_bytes(bytes(part).ljust(4, b"\0"), "little") for part in (levels[:4], levels[4:]))
+    return {
+        "D": quantizer.head_dim,
+        "BITS": quantizer.code_bits,
+        "LOW": low,
+        "HIGH": high,
+        "UNIT": 2.0**-codebook.exponent,
+        "FACTOR": float(inverse_sqrt(quantizer.head_dim)),
+        "DENSE": quantizer.rotation != "hadamard",
+        "R": config.rows,
+        "L": config.lanes,
+        "J": tuning.next_power_of_two(quantizer.head_dim) // (8 * config.lanes),
     }
 
 
