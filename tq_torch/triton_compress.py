@@ -61,7 +61,7 @@ def _launch(x, quantizer, center, codes, norms, starts=None, page_table=None, *,
     if page_table is not None:
         page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
         page, capacity, table_stride = codes.shape[2], codes.shape[2] * page_table.shape[1], page_table.stride(0)
-    load("compress")[(tuning.ceil_div(rows, config.rows),)](
+    load("compress")[(config.programs(x.shape[0] * kv_heads, length),)](
         x,
         _rotation(quantizer, False, x.device),
         center,
@@ -82,7 +82,7 @@ def _launch(x, quantizer, center, codes, norms, starts=None, page_table=None, *,
         PAGE=page,
         BOUNDARIES=tuple(quantizer.codebook.boundaries[2 ** (quantizer.code_bits - 1) :].tolist()),
         CORRECTED=quantizer.norm == "corrected",
-        **_constants(quantizer, config),
+        **_constants(quantizer, config, length),
     )
 
 
@@ -105,7 +105,7 @@ def decompress(
     kv_heads, length = _three_axes(norms).shape[1:]
     rows = norms.numel()
     config = config or tuning.compress_config(rows, quantizer.head_dim)
-    load("decompress")[(tuning.ceil_div(rows, config.rows),)](
+    load("decompress")[(config.programs(rows // length, length),)](
         codes.contiguous(),
         norms.contiguous(),
         _rotation(quantizer, True, codes.device),
@@ -116,14 +116,14 @@ def decompress(
         length,
         rows,
         ROTATED=rotated,
-        **_constants(quantizer, config),
+        **_constants(quantizer, config, length),
     )
     return out
 
 
-def _constants(quantizer, config):
+def _constants(quantizer, config, length):
     """What both kernels are compiled for, and with what options."""
-    constants = compress_constants(quantizer, config) | {"PTX": not INTERPRETED and torch.version.hip is None}
+    constants = compress_constants(quantizer, config, config.tiled(length)) | {"PTX": not INTERPRETED and torch.version.hip is None}
     return constants | {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": False}
 
 

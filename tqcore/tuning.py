@@ -79,6 +79,14 @@ class CompressConfig:
         """Vectors of a program."""
         return 32 // self.lanes * self.num_warps
 
+    def tiled(self, length: int) -> bool:
+        """Whether a program's vectors are of one head, which saves divisions, for heads of so many."""
+        return length >= 8 * self.rows
+
+    def programs(self, heads: int, length: int) -> int:
+        """How many programs take all vectors."""
+        return heads * ceil_div(length, self.rows) if self.tiled(length) else ceil_div(heads * length, self.rows)
+
 
 def compress_config(vectors: int, head_dim: int) -> CompressConfig:
     """The launch for so many vectors of D coordinates: few of them are spread over more lanes and programs."""

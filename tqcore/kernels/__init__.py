@@ -4,6 +4,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from tqcore import tuning
 from tqcore.quantizer import Quantizer
 from tqcore.rotation import inverse_sqrt
@@ -55,19 +57,19 @@ def can_compress(head_dim: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= tuning.MAX_HEAD_DIM
 
 
-def compress_constants(quantizer: Quantizer, config: tuning.CompressConfig) -> dict[str, Any]:
+def compress_constants(quantizer: Quantizer, config: tuning.CompressConfig, tiled: bool) -> dict[str, Any]:
     """What the kernels that compress and decompress are compiled for."""
-    codebook = quantizer.codebook
-    levels = codebook.levels[len(codebook.levels) // 2 :].tolist()
-    low, high = (int.from_bytes(bytes(part).ljust(4, b"\0"), "little") for part in (levels[:4], levels[4:]))
+    bits, dense = quantizer.code_bits, quantizer.rotation != "hadamard"
+    centroids = quantizer.codebook.centroids[2 ** (bits - 1) :]  # exact in bfloat16: their last 16 bits are 0
+    first, second = centroids.view(np.uint8).reshape(-1, 4)[:, :1:-1].T
+    words = np.stack([np.pad(row, (0, 8 - len(row))) for row in (first, second)]).view("<i4")
     return {
         "D": quantizer.head_dim,
-        "BITS": quantizer.code_bits,
-        "LOW": low,
-        "HIGH": high,
-        "UNIT": 2.0**-codebook.exponent,
-        "FACTOR": float(inverse_sqrt(quantizer.head_dim)),
-        "DENSE": quantizer.rotation != "hadamard",
+        "BITS": bits,
+        "TABLE": tuple(words.reshape(-1).tolist()),
+        "FACTOR": 1.0 if dense else float(inverse_sqrt(quantizer.head_dim)),
+        "DENSE": dense,
+        "TILED": tiled,
         "R": config.rows,
         "L": config.lanes,
         "J": tuning.next_power_of_two(quantizer.head_dim) // (8 * config.lanes),

@@ -20,26 +20,30 @@ ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
 INFINITY_BITS = tl.constexpr(fixed_point.INFINITY_BITS)
 MIN_EXPONENT_BITS = tl.constexpr(fixed_point.MIN_EXPONENT_BITS)
 MAGIC = tl.constexpr(8388608.0)  # 2^23: the low bits of MAGIC + n are n
-MAGIC_BITS = tl.constexpr(0x4B000000)
+SIGN_BIT = tl.constexpr(-(2**31))
 DENSE_STEP = tl.constexpr(32)  # rows of the matrix that a step of a dense rotation takes
 
-# MAGIC + the level of each of the eight nibbles of $8, by three bits of it; the levels' bytes are $9 $10.
-LEVELS = tl.constexpr("""{
-.reg .b32 select, low, high;
+# The centroids of the eight nibbles of $8, by three bits of each, from the lowest nibble on. Their float32 end in two
+# bytes of zeros: $9 $10 are the first bytes of the eight, $11 $12 the second ones. A selector of `prmt` with its fourth
+# bit set repeats a byte's sign, which is zero.
+CENTROIDS = tl.constexpr("""{
+.reg .b32 select, first, second;
 and.b32 select, $8, 0x77777777;
-prmt.b32 low, $9, $10, select;
+prmt.b32 first, $9, $10, select;
+prmt.b32 second, $11, $12, select;
+prmt.b32 $0, first, second, 0x0488;
+prmt.b32 $1, first, second, 0x1599;
+prmt.b32 $2, first, second, 0x26AA;
+prmt.b32 $3, first, second, 0x37BB;
 shr.u32 select, select, 16;
-prmt.b32 high, $9, $10, select;
-prmt.b32 $0, low, 0x4B000000, 0x7540;
-prmt.b32 $1, low, 0x4B000000, 0x7541;
-prmt.b32 $2, low, 0x4B000000, 0x7542;
-prmt.b32 $3, low, 0x4B000000, 0x7543;
-prmt.b32 $4, high, 0x4B000000, 0x7540;
-prmt.b32 $5, high, 0x4B000000, 0x7541;
-prmt.b32 $6, high, 0x4B000000, 0x7542;
-prmt.b32 $7, high, 0x4B000000, 0x7543;
+prmt.b32 first, $9, $10, select;
+prmt.b32 second, $11, $12, select;
+prmt.b32 $4, first, second, 0x0488;
+prmt.b32 $5, first, second, 0x1599;
+prmt.b32 $6, first, second, 0x26AA;
+prmt.b32 $7, first, second, 0x37BB;
 }""")
-LEVELS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r")
+CENTROIDS_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r")
 
 
 @triton.jit
@@ -64,9 +68,9 @@ def _join8(x0, x1, x2, x3, x4, x5, x6, x7, R: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def _hadamard(x, R: tl.constexpr, L: tl.constexpr):
-    """H x by the butterflies of `tqcore.rotation.hadamard`, in its order."""
-    for i in tl.static_range(3):
+def _hadamard(x, FIRST: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    """H x by the butterflies of `tqcore.rotation.hadamard`, in its order, from width 2^FIRST on."""
+    for i in tl.static_range(FIRST, 3):
         x = _between(x, 1 << i)
     for i in tl.static_range(4):
         if (1 << i) < L:
@@ -126,56 +130,66 @@ def _halve(x):
 
 
 @triton.jit
-def _search(y, r, BOUNDARIES: tl.constexpr, BITS: tl.constexpr):
-    """(positive, then BITS − 1 bits of the magnitude's index, the highest first), each 0.0 or 1.0.
+def _search(opposite, r, BOUNDARIES: tl.constexpr, BITS: tl.constexpr):
+    """The BITS − 1 bits of the index of a magnitude, the highest first, each 0.0 or 1.0.
 
-    BOUNDARIES are the positive ones. A negative y counts as the next larger magnitude: on a boundary it goes down too.
+    Args:
+      opposite: −y. Where its sign is set, y is positive and counts as the next smaller magnitude, and a magnitude on a
+        boundary is above it: so a coordinate on a boundary goes down on both sides of zero.
+      r: the radius.
+      BOUNDARIES: the positive ones.
     """
-    bits = y.to(tl.int32, bitcast=True)
-    z = ((bits & ABS_MASK) + (bits.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)).to(tl.float32, bitcast=True)
-    found = (_greater(y, 0.0),)
+    bits = opposite.to(tl.int32, bitcast=True)
+    z = tl.abs((bits + (bits >> 31)).to(tl.float32, bitcast=True))
+    found = ()
     if BITS == 2:
-        found = found + (_greater(z, BOUNDARIES[0] * r),)
+        found = (_reaches(z, BOUNDARIES[0] * r),)
     if BITS == 3:
-        m1 = _greater(z, BOUNDARIES[1] * r)
-        m2 = _greater(z, tl.fma(m1, BOUNDARIES[2] - BOUNDARIES[0], BOUNDARIES[0]) * r)
-        found = found + (m1, m2)
+        m1 = _reaches(z, BOUNDARIES[1] * r)
+        m2 = _reaches(z, tl.fma(m1, BOUNDARIES[2] - BOUNDARIES[0], BOUNDARIES[0]) * r)
+        found = (m1, m2)
     if BITS == 4:
-        m1 = _greater(z, BOUNDARIES[3] * r)
-        m2 = _greater(z, tl.fma(m1, BOUNDARIES[5] - BOUNDARIES[1], BOUNDARIES[1]) * r)
+        m1 = _reaches(z, BOUNDARIES[3] * r)
+        m2 = _reaches(z, tl.fma(m1, BOUNDARIES[5] - BOUNDARIES[1], BOUNDARIES[1]) * r)
         lower = tl.fma(m1, BOUNDARIES[4] - BOUNDARIES[0], BOUNDARIES[0])
         steps: tl.constexpr = BOUNDARIES[2] - BOUNDARIES[0]
         step = tl.fma(m1, BOUNDARIES[6] - BOUNDARIES[4] - steps, steps)
-        found = found + (m1, m2, _greater(z, tl.fma(m2, step, lower) * r))
+        found = (m1, m2, _reaches(z, tl.fma(m2, step, lower) * r))
     return found
 
 
 @triton.jit
-def _greater(a, b):
-    return tl.where(a > b, 1.0, 0.0)
+def _place(found, word, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """word + the bits found, the last of them at bit FIRST."""
+    for n in tl.static_range(BITS - 1):
+        word = tl.fma(found[n], 1.0 * (1 << (FIRST + BITS - 2 - n)), word)
+    return word
 
 
 @triton.jit
-def _levels(word, LOW: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr):
-    """The level of each nibble of a word from the lowest on, by its lowest three bits."""
+def _reaches(a, b):
+    return tl.where(a >= b, 1.0, 0.0)
+
+
+@triton.jit
+def _centroids(word, TABLE: tl.constexpr, PTX: tl.constexpr):
+    """The positive centroid of each nibble of a word, the lowest first, by three bits of it."""
     if PTX:
-        found = tl.inline_asm_elementwise(
-            LEVELS,
-            LEVELS_CONSTRAINTS,
-            [word, LOW, HIGH],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+        return tl.inline_asm_elementwise(
+            CENTROIDS,
+            CENTROIDS_CONSTRAINTS,
+            [word, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True,
             pack=1,
         )
-    else:
-        found = ()
-        for i in tl.static_range(8):
-            index = (word >> (4 * i)) & 7
-            found = found + ((tl.where(index < 4, LOW, HIGH) >> (index % 4 * 8) & 127) + MAGIC_BITS,)
-    levels = ()
+    found = ()
     for i in tl.static_range(8):
-        levels = levels + (found[i].to(tl.float32, bitcast=True) - MAGIC,)
-    return levels
+        index = (word >> (4 * i)) & 7
+        first = (tl.where(index < 4, TABLE[0], TABLE[1]) >> (index % 4 * 8)) & 255
+        second = (tl.where(index < 4, TABLE[2], TABLE[3]) >> (index % 4 * 8)) & 255
+        found = found + (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
+    return found
 
 
 @triton.jit
@@ -217,6 +231,19 @@ def _store_codes(codes_ptr, group, word, live, D: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
+def _places(K, S, rows, R: tl.constexpr, TILED: tl.constexpr):
+    """(b, k, s, whether it exists) of each of a program's R vectors; TILED: all of one head."""
+    if TILED:
+        blocks = tl.cdiv(S, R)
+        head = tl.program_id(0) // blocks
+        s = tl.program_id(0) % blocks * R + tl.arange(0, R)
+        return (head // K).to(tl.int64), (head % K).to(tl.int64), s.to(tl.int64), s < S
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    head = row // S
+    return (head // K).to(tl.int64), (head % K).to(tl.int64), (row % S).to(tl.int64), row < rows
+
+
+@triton.jit
 def compress_kernel(
     x_ptr,  # [B, K, S, D] float32 | bfloat16 | float16
     rotation_ptr,  # signs [D] float32, or Rᵀ [D, D] float32 where DENSE
@@ -247,21 +274,17 @@ def compress_kernel(
     D: tl.constexpr,
     BITS: tl.constexpr,
     BOUNDARIES: tl.constexpr,  # the positive ones
-    LOW: tl.constexpr,  # the positive levels, four bytes each
-    HIGH: tl.constexpr,
-    UNIT: tl.constexpr,  # a centroid is level · UNIT
+    TABLE: tl.constexpr,  # the positive centroids, as `_centroids` reads them
     FACTOR: tl.constexpr,  # 1/√D
     CORRECTED: tl.constexpr,
     DENSE: tl.constexpr,
+    TILED: tl.constexpr,
     R: tl.constexpr,
     L: tl.constexpr,
     J: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
-    s, head = row % S, row // S
-    b, k = head // K, head % K
+    b, k, s, live = _places(K, S, rows, R, TILED)
     x_row_ptr = x_ptr + b * x_stride_b + k * x_stride_k + s * x_stride_s
     center_row_ptr = center_ptr
     if center_ptr is not None:
@@ -300,28 +323,29 @@ def compress_kernel(
     products = ()
     for j in tl.static_range(J):
         low, high = tl.full([R, L], MAGIC, tl.float32), tl.full([R, L], MAGIC, tl.float32)
-        for i in tl.static_range(8):
-            v = y[8 * j + i] if DENSE else y[8 * j + i] * FACTOR
-            found = _search(v, radius, BOUNDARIES, BITS)
-            for n in tl.static_range(BITS):
-                place: tl.constexpr = 1 << (4 * (i % 4 ^ 1) + BITS - 1 - n)
-                if i < 4:
-                    low = tl.fma(found[n], float(place), low)
-                else:
-                    high = tl.fma(found[n], float(place), high)
-            products = products + (tl.abs(v),)
+        signs = tl.zeros([R, L], tl.uint32)
+        magnitudes = ()
+        for i in tl.static_range(8):  # from the highest nibble on
+            opposite = tl.fma(y[8 * j + (7 - i ^ 1)], -FACTOR, 0.0)  # never -0
+            found = _search(opposite, radius, BOUNDARIES, BITS)
+            if i < 4:
+                high = _place(found, high, 12 - 4 * i, BITS)
+            else:
+                low = _place(found, low, 28 - 4 * i, BITS)
+            signs = (signs << 4) | (opposite.to(tl.uint32, bitcast=True) >> 28)
+            magnitudes = magnitudes + (tl.abs(opposite),)
         word = (low.to(tl.int32, bitcast=True) & 0xFFFF) | (high.to(tl.int32, bitcast=True) << 16)
+        positive = (signs.to(tl.int32, bitcast=True) >> 3 & 0x11111111) << (BITS - 1)
+        index = _indices(tl.where(usable[:, None], word | positive, 0), BITS)
         group = (j * L + lane)[None, :]
-        _store_codes(codes_row_ptr, group, _indices(word, BITS), live[:, None] & (group < D // 8), D, BITS)
+        _store_codes(codes_row_ptr, group, index, live[:, None] & (group < D // 8), D, BITS)
         if CORRECTED:
-            levels = _levels(word & (0x11111111 * (2 ** (BITS - 1) - 1)), LOW, HIGH, PTX)
-            ours = ()
+            centroids = _centroids(word, TABLE, PTX)
             for i in tl.static_range(8):
-                ours = ours + (products[8 * j + i] * levels[i ^ 1],)
-            products = products[: 8 * j] + ours
+                products = products + (magnitudes[7 - i ^ 1] * centroids[i ^ 1],)
     norm = length
     if CORRECTED:
-        along = _tree_sum(products, R, L) * UNIT
+        along = _tree_sum(products, R, L)
         norm = tl.div_rn(square, tl.where(usable, along, 1.0))
     norm *= ((e + 127) << 23).to(tl.float32, bitcast=True)
     norm = tl.where(bits < INFINITY_BITS, norm, float("nan"))
@@ -350,9 +374,11 @@ def _rotate(x, signs_ptr, R: tl.constexpr, L: tl.constexpr, J: tl.constexpr):
     y = ()
     for j in tl.static_range(J):
         signs = _split8(tl.load(signs_ptr + 8 * L * j + within), 1, L)
-        for i in tl.static_range(8):
-            y = y + (x[8 * j + i] * signs[i],)
-    return _hadamard(y, R, L)
+        for i in tl.static_range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
+            first = x[8 * j + i] * signs[i]
+            second = x[8 * j + i + 1]
+            y = y + (tl.fma(second, signs[i + 1], first), tl.fma(second, -signs[i + 1], first))
+    return _hadamard(y, 1, R, L)
 
 
 @triton.jit
@@ -398,19 +424,18 @@ def decompress_kernel(
     rows,  # B·K·S
     D: tl.constexpr,
     BITS: tl.constexpr,
-    LOW: tl.constexpr,  # the positive levels, four bytes each
-    HIGH: tl.constexpr,
-    UNIT: tl.constexpr,  # a centroid is level · UNIT
+    TABLE: tl.constexpr,  # the positive centroids, as `_centroids` reads them
     FACTOR: tl.constexpr,  # 1/√D
     ROTATED: tl.constexpr,  # whether the result stays so
     DENSE: tl.constexpr,
+    TILED: tl.constexpr,
     R: tl.constexpr,
     L: tl.constexpr,
     J: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
+    b, k, s, live = _places(K, S, rows, R, TILED)
+    row = (b * K + k) * S + s
     norm = tl.load(norms_ptr + row, mask=live, other=0.0)[:, None]
     lane = tl.arange(0, L)
     codes_row_ptr = codes_ptr + row[:, None] * (D * BITS // 8)
@@ -419,20 +444,19 @@ def decompress_kernel(
         group = (j * L + lane)[None, :]
         index = _load_codes(codes_row_ptr, group, live[:, None] & (group < D // 8), D, BITS)
         word = _indices(index, BITS)  # its own inverse
-        levels = _levels(word & (0x11111111 * (2 ** (BITS - 1) - 1)), LOW, HIGH, PTX)
+        centroids = _centroids(word & (0x11111111 * (2 ** (BITS - 1) - 1)), TABLE, PTX)
         for i in tl.static_range(8):
-            positive = (word >> (4 * (i ^ 1) + BITS - 1)) & 1
-            x = x + (tl.where(positive == 1, levels[i ^ 1], -levels[i ^ 1]) * UNIT,)
+            negative = (~word << (31 - 4 * (i ^ 1) - (BITS - 1))) & SIGN_BIT
+            x = x + ((centroids[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
     if not ROTATED:
         if DENSE:
             x = _dense_back(x, rotation_ptr, D, R, L, J)
         else:
-            x = _hadamard(x, R, L)
+            x = _hadamard(x, 0, R, L)
     within = lane[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     out_row_ptr = (out_ptr + row * D)[:, None, None]
     if center_ptr is not None:
-        s, head = row % S, row // S
-        center_row_ptr = center_ptr + head // K * center_stride_b + head % K * center_stride_k + s * center_stride_s
+        center_row_ptr = center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s
     for j in tl.static_range(J):
         d = 8 * L * j + within
         inside = live[:, None, None] & (d < D)
