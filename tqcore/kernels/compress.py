@@ -175,7 +175,7 @@ def _reaches(a, b):
 def _centroids(word, TABLE: tl.constexpr, PTX: tl.constexpr):
     """The positive centroid of each nibble of a word, the lowest first, by three bits of it."""
     if PTX:
-        return tl.inline_asm_elementwise(
+        found = tl.inline_asm_elementwise(
             CENTROIDS,
             CENTROIDS_CONSTRAINTS,
             [word, TABLE[0], TABLE[1], TABLE[2], TABLE[3]],
@@ -183,12 +183,13 @@ def _centroids(word, TABLE: tl.constexpr, PTX: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    found = ()
-    for i in tl.static_range(8):
-        index = (word >> (4 * i)) & 7
-        first = (tl.where(index < 4, TABLE[0], TABLE[1]) >> (index % 4 * 8)) & 255
-        second = (tl.where(index < 4, TABLE[2], TABLE[3]) >> (index % 4 * 8)) & 255
-        found = found + (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
+    else:
+        found = ()
+        for i in tl.static_range(8):
+            index = (word >> (4 * i)) & 7
+            first = (tl.where(index < 4, TABLE[0], TABLE[1]) >> (index % 4 * 8)) & 255
+            second = (tl.where(index < 4, TABLE[2], TABLE[3]) >> (index % 4 * 8)) & 255
+            found = found + (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
     return found
 
 
@@ -237,10 +238,11 @@ def _places(K, S, rows, R: tl.constexpr, TILED: tl.constexpr):
         blocks = tl.cdiv(S, R)
         head = tl.program_id(0) // blocks
         s = tl.program_id(0) % blocks * R + tl.arange(0, R)
-        return (head // K).to(tl.int64), (head % K).to(tl.int64), s.to(tl.int64), s < S
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    head = row // S
-    return (head // K).to(tl.int64), (head % K).to(tl.int64), (row % S).to(tl.int64), row < rows
+        live = s < S
+    else:
+        row = tl.program_id(0) * R + tl.arange(0, R)
+        head, s, live = row // S, row % S, row < rows
+    return (head // K).to(tl.int64), (head % K).to(tl.int64), s.to(tl.int64), live
 
 
 @triton.jit
@@ -404,9 +406,11 @@ def _dense(
 def _columns(x, R: tl.constexpr, L: tl.constexpr, J: tl.constexpr):
     """[R, 8·L·J] as 8·J tensors of [R, L]."""
     if J == 1:
-        return _split8(tl.reshape(x, [R, L, 8]), R, L)
-    front, back = tl.split(tl.permute(tl.reshape(x, [R, 2, 4 * L * J]), [0, 2, 1]))
-    return _columns(front, R, L, J // 2) + _columns(back, R, L, J // 2)
+        y = _split8(tl.reshape(x, [R, L, 8]), R, L)
+    else:
+        front, back = tl.split(tl.permute(tl.reshape(x, [R, 2, 4 * L * J]), [0, 2, 1]))
+        y = _columns(front, R, L, J // 2) + _columns(back, R, L, J // 2)
+    return y
 
 
 @triton.jit
@@ -475,16 +479,17 @@ def decompress_kernel(
 def _load_codes(codes_ptr, group, live, D: tl.constexpr, BITS: tl.constexpr):
     """The inverse of `_store_codes`: a word of eight indices."""
     if BITS == 4:
-        return tl.load((codes_ptr + 4 * group).to(tl.pointer_type(tl.int32), bitcast=True), mask=live, other=0)
-    if BITS == 1:
-        return _from_one_bit(tl.load(codes_ptr + group, mask=live, other=0).to(tl.int32), 4, 2)
-    low_ptr = (codes_ptr + 2 * group).to(tl.pointer_type(tl.uint16), bitcast=True)
-    low = tl.load(low_ptr, mask=live, other=0).to(tl.int32)
-    word = ((low >> 4) & 0x000F) | ((low & 0x000F) << 8) | ((low << 4) & 0x0F0000) | ((low & 0x0F00) << 16)
-    word = (word | (word << 2)) & 0x33333333
-    if BITS == 3:
-        high = tl.load(codes_ptr + D // 4 + group, mask=live, other=0).to(tl.int32)
-        word |= _from_one_bit(high, 2, 4) << 2
+        word = tl.load((codes_ptr + 4 * group).to(tl.pointer_type(tl.int32), bitcast=True), mask=live, other=0)
+    elif BITS == 1:
+        word = _from_one_bit(tl.load(codes_ptr + group, mask=live, other=0).to(tl.int32), 4, 2)
+    else:
+        low_ptr = (codes_ptr + 2 * group).to(tl.pointer_type(tl.uint16), bitcast=True)
+        low = tl.load(low_ptr, mask=live, other=0).to(tl.int32)
+        word = ((low >> 4) & 0x000F) | ((low & 0x000F) << 8) | ((low << 4) & 0x0F0000) | ((low & 0x0F00) << 16)
+        word = (word | (word << 2)) & 0x33333333
+        if BITS == 3:
+            high = tl.load(codes_ptr + D // 4 + group, mask=live, other=0).to(tl.int32)
+            word |= _from_one_bit(high, 2, 4) << 2
     return word
 
 
