@@ -1,7 +1,7 @@
-"""Writing into a cache: the oracle against a loop over `compress`, every package against the oracle, transforms, errors."""
+"""Writing into a cache: the oracle against a loop over `compress`, the packages against the oracle, errors."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import jax
@@ -19,9 +19,11 @@ from tqcore.quantizer import PackedVectors, Quantizer
 
 IMPLEMENTATIONS = {tqcore: "numpy", tqjax: "xla", tq_torch: "eager"}
 by_name = pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-B, K, S, POOL, TABLE = 4, 3, 37, 9, 3
+K, S = 3, 37
+TABLE = {16: 3, 7: 6}  # pages of a sequence, by the size of a page
+POOL = 25
 RAGGED = (0, 17, 35, -2)
-EDGES = (-1, 36, 37, -5)
+EDGES = (-1, 36, 41, -5)  # 36 and 41 are the last positions of S, and of pages of 7
 FAR = (2**31 - 1, -(2**31), 2**31 - 4, 100)
 
 
@@ -40,13 +42,12 @@ class Case:
     wrong_pages: bool = False
 
     def __str__(self):
-        fields = {name: value for name, value in vars(self).items() if value != vars(PLAIN)[name]}
-        return "-".join(f"{name}{value}".replace(" ", "") for name, value in fields.items()) or "plain"
+        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        odd = [f"{name}{value}" for name, value, default in values if value != default]
+        return "-".join(odd).replace(" ", "") or "plain"
 
 
-PLAIN = Case.__new__(Case)
-for _name, _field in Case.__dataclass_fields__.items():
-    object.__setattr__(PLAIN, _name, _field.default)
+PLAIN = Case()
 CASES = [
     PLAIN,
     *(Case(bits=bits, norm=norm) for bits in (1, 2, 3, 4) for norm in ("plain", "corrected")),
@@ -68,7 +69,7 @@ def inputs(case):
     """packed, x and the arrays of integers, NumPy's; no page is used twice."""
     rng = np.random.default_rng(len(str(case)))
     batch, page = len(case.starts), case.page
-    shape = (batch, K, S) if page is None else (POOL * 2, K, page)
+    shape = (batch, K, S) if page is None else (POOL, K, page)
     quantizer = Quantizer(case.D, case.bits, norm=case.norm)
     codes = rng.integers(0, 256, (*shape, quantizer.packed_dim), dtype=np.uint8)
     norms = rng.standard_normal(shape).astype(np.float32)
@@ -77,9 +78,9 @@ def inputs(case):
     x = (3 * rng.standard_normal((batch, K, case.T, case.D)) + 1).astype(DTYPES[case.dtype])
     arrays = {"starts": np.array(case.starts, np.int32)}
     if page is not None:
-        table = rng.permutation(POOL * 2)[: batch * TABLE].reshape(batch, TABLE).astype(np.int32)
+        table = rng.permutation(POOL)[: batch * TABLE[page]].reshape(batch, TABLE[page]).astype(np.int32)
         if case.wrong_pages:
-            table[0, 0], table[1, 17 // page] = -1, POOL * 2
+            table[0, 0], table[1, 17 // page] = -1, POOL
         arrays["page_table"] = table
     return PackedVectors(codes, norms, quantizer, center), x, arrays
 
@@ -101,7 +102,7 @@ def loop(case):
         for t in range(case.T):
             n, s = b, start + t
             if page is not None:
-                if not 0 <= s < TABLE * page:
+                if not 0 <= s < TABLE[page] * page:
                     continue
                 n, s = arrays["page_table"][b, s // page], s % page
             if not (0 <= s < packed.codes.shape[2] and 0 <= n < len(packed.codes)):
@@ -175,10 +176,10 @@ def test_table_writes_and_leaves():
 
 @by_name
 def test_several_steps_are_one(package):
-    packed, x, arrays = arguments(package, Case(starts=RAGGED))
+    packed, x, arrays = arguments(package, PLAIN)
     for t in range(5):
         packed = package.append(packed, x[:, :, t : t + 1], arrays["starts"] + t)
-    assert_same(packed, oracle(Case(starts=RAGGED)))
+    assert_same(packed, oracle(PLAIN))
 
 
 @by_name
@@ -387,8 +388,8 @@ def test_torch_compiles_once():
 
 def test_torch_opcheck():
     packed, x, arrays = arguments(tq_torch, EVERYTHING)
-    fields = tq_torch.ops.fields_of(packed.quantizer)
-    given = packed.codes, packed.norms, x, packed.center, arrays["starts"], arrays["page_table"], *fields, None
+    quantizer = tq_torch.ops.fields_of(packed.quantizer)
+    given = packed.codes, packed.norms, x, packed.center, arrays["starts"], arrays["page_table"], *quantizer, None
     torch.library.opcheck(torch.ops.tq_torch.append.default, given)
 
 
