@@ -290,7 +290,8 @@ def test_torch_export():
 
 def test_torch_opcheck_of_dequantize():
     _, keys, _, _ = attention_arguments(tq_torch, attention_inputs(replace(PLAIN, lengths="full")))
-    torch.library.opcheck(torch.ops.tq_torch.dequantize.default, (keys.codes, keys.norms, 64, 4))
+    fields = (64, 4, "hadamard", 0, "corrected", True, None)
+    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (keys.codes, keys.norms, *fields))
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def test_one_face():
 def test_docstrings_tell_arguments_results_and_errors():
     scores = ("fused_qk_scores", "attention_scores", "attention", "merge_attention")
     for package in (tqcore, tqjax, tq_torch):
-        for name in ("compress", "decompress", "rotate", *scores):
+        for name in ("append", "compress", "decompress", "rotate", *scores):
             doc = getattr(package, name).__doc__
             assert all(section in doc for section in ("Args:", "Returns:", "Raises:")), (package, name)
 

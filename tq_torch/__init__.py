@@ -4,10 +4,9 @@ Letters, shapes and operations are those of `tqcore`; arrays are torch tensors.
 """
 
 from tq_torch.attention_ops import attention, merge_attention
+from tq_torch.compress_ops import append, compress, decompress
 from tq_torch.ops import (
     attention_scores,
-    compress,
-    decompress,
     from_dlpack,
     fused_qk_scores,
     key_center,
@@ -24,6 +23,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "append",
     "attention",
     "attention_scores",
     "compress",

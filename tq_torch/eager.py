@@ -1,10 +1,10 @@
 """Every operation in plain torch: runs on any device, and says in array terms what the kernels do."""
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
-from tqcore import fixed_point
+from tqcore import fixed_point, paging
 from tqcore import rotation as core_rotation
 from tqcore.fixed_point import (
     ABS_MASK,
@@ -60,6 +60,25 @@ def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -
 
 def dequantize(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return _centroids_at(codes, quantizer) * norms[..., None]
+
+
+def append(codes, norms, x, center, starts, page_table, quantizer):
+    """Writes into codes [B, K, S, P] and norms [B, K, S], or pools of pages; no size is 0.
+
+    What is not to be written takes place and value of something that is, and where there is nothing to write, one place
+    is written with what stands there: so no mask is read on the host.
+    """
+    x = x.float() if center is None else x.float() - center
+    page_table = None if page_table is None else page_table.long()
+    arange = partial(torch.arange, device=x.device)
+    places = paging.places(starts.long(), x.shape[2], page_table, codes.shape, arange, torch)
+    sequence, slot, written = (place.flatten() for place in places)
+    source = torch.where(written, arange(len(written)), written.int().argmax())
+    sequence = sequence[source].clamp(0, codes.shape[0] - 1)
+    slot = slot[source].clamp(0, codes.shape[2] - 1)
+    for target, values in zip((codes, norms), compress(x, quantizer), strict=True):
+        new = values.transpose(1, 2).flatten(0, 1)[source]
+        target[sequence, :, slot] = torch.where(written.any(), new, target[sequence, :, slot])
 
 
 def fused_qk_scores(q, codes, norms, words, scale):

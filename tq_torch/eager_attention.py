@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from tq_torch import eager, ops
+from tq_torch import compress_ops, eager, ops
 from tqcore import softmax
 
 
@@ -19,7 +19,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options):
         wide=torch.Tensor.float,
         matmul=eager.matmul,
         scores=partial(ops.packed_scores, implementation="eager"),
-        dequantize=ops.dequantize,
+        dequantize=compress_ops.dequantize,
         rotate=ops.rotate,
         unrotate=ops.unrotate,
     )

@@ -13,7 +13,7 @@ from tqcore import center as center_of
 from tqcore import checks, fixed_point
 from tqcore.codebook import Codebook
 from tqcore.kernels import gluon_is_tested
-from tqcore.packing import code_bits, packed_dim
+from tqcore.packing import code_bits
 from tqcore.quantizer import PackedVectors, Quantizer
 
 try:
@@ -38,71 +38,13 @@ def rotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
       ValueError: x has another dtype, or its last axis is not `quantizer.head_dim`.
     """
     checks.check_rotated(x, quantizer)
-    return torch.ops.tq_torch.rotate(x, *_fields(quantizer), False)
+    return torch.ops.tq_torch.rotate(x, *fields_of(quantizer), False)
 
 
 def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """x = Rᵀ y, the inverse of `rotate`; the same arguments, result and errors."""
     checks.check_rotated(x, quantizer)
-    return torch.ops.tq_torch.rotate(x, *_fields(quantizer), True)
-
-
-def compress(x: torch.Tensor, quantizer: Quantizer, *, center: torch.Tensor | None = None) -> PackedVectors:
-    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
-
-    A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
-    counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
-    Codes and norms do not carry gradients.
-
-    Args:
-      x: [..., S, D] float32, bfloat16 or float16.
-      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
-      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
-        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-
-    Returns:
-      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
-
-    Raises:
-      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
-
-    Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
-    """
-    checks.check_vectors(x, quantizer, center)
-    x = x.detach()
-    if center is not None:
-        checks.check_devices({"x": x.device, "center": center.device})
-        x = x.float() - center.detach()
-    codes, norms = torch.ops.tq_torch.compress(x, *_fields(quantizer))
-    residual = None
-    if quantizer.residual is not None:
-        rest = x.float() - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer))
-        signs, lengths = torch.ops.tq_torch.compress(rest, *_fields(quantizer.residual))
-        residual = PackedVectors(signs, lengths, quantizer.residual)
-    return PackedVectors(codes, norms, quantizer, center, residual)
-
-
-def decompress(packed: PackedVectors, *, dtype="float32") -> torch.Tensor:
-    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
-
-    Args:
-      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
-      dtype: float32, bfloat16 or float16.
-
-    Returns:
-      [..., S, D] of `dtype`.
-
-    Raises:
-      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
-    """
-    checks.check_packed("packed", packed)
-    checks.check_dtype(dtype)
-    vectors = torch.ops.tq_torch.decompress(packed.codes, packed.norms, *_fields(packed.quantizer))
-    if packed.residual is not None:
-        vectors = vectors + decompress(packed.residual)
-    if packed.center is not None:
-        vectors = vectors + packed.center
-    return vectors.to(getattr(torch, checks.dtype_name(dtype)))
+    return torch.ops.tq_torch.rotate(x, *fields_of(quantizer), True)
 
 
 def fused_qk_scores(
@@ -251,12 +193,6 @@ def packed_scores(query, keys, scale, implementation=None):
     return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, bits, scale, implementation)
 
 
-def dequantize(packed):
-    """norm · centroids[index] [..., S, D], not rotated back."""
-    quantizer = packed.quantizer
-    return torch.ops.tq_torch.dequantize(packed.codes, packed.norms, quantizer.head_dim, quantizer.code_bits)
-
-
 def _map_file(packed, function):
     if isinstance(packed, PackedVectors):
         return packed.map(function)
@@ -271,46 +207,31 @@ NEEDS = {
     "gluon": "'gluon' needs Triton with Gluon, 4-bit codes of head_dim up to 256 and CUDA tensors on a Hopper device",
 }
 QUANTIZER = "int head_dim, int bits, str rotation, int seed, str norm"
-_library = torch.library.Library("tq_torch", "DEF")
-_library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
-_library.define(f"compress(Tensor x, {QUANTIZER}) -> (Tensor, Tensor)")
-_library.define("dequantize(Tensor codes, Tensor norms, int head_dim, int bits) -> Tensor")
-_library.define(f"decompress(Tensor codes, Tensor norms, {QUANTIZER}) -> Tensor")
-_library.define(
+LIBRARY = torch.library.Library("tq_torch", "DEF")
+LIBRARY.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
+LIBRARY.define(
     "fused_qk_scores(Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, int? bits, "
     "float scale, str? implementation) -> Tensor"
 )
-_library.define(
+LIBRARY.define(
     "fused_qk_scores_backward(Tensor grad, Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, "
     "int? bits, float scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _fields(quantizer):
+def fields_of(quantizer):
     """What encodes the codes and norms, without a residual."""
     return quantizer.head_dim, quantizer.code_bits, quantizer.rotation, quantizer.seed, quantizer.norm
 
 
-def _quantizer(head_dim, bits, rotation, seed, norm):
+def quantizer_of(head_dim, bits, rotation, seed, norm):
     return Quantizer(head_dim, bits, rotation=rotation, seed=seed, norm=norm)
 
 
 def _rotate(x, *fields_and_inverse):
     *fields, inverse = fields_and_inverse
-    quantizer = _quantizer(*fields)
+    quantizer = quantizer_of(*fields)
     return eager.unrotate(x, quantizer) if inverse else eager.rotate(x, quantizer)
-
-
-def _compress(x, *fields):
-    return eager.compress(x, _quantizer(*fields))
-
-
-def _dequantize(codes, norms, head_dim, bits):
-    return eager.dequantize(codes, norms, Quantizer(head_dim, bits))
-
-
-def _decompress(codes, norms, *fields):
-    return eager.decompress(codes, norms, _quantizer(*fields))
 
 
 def _scores(q, codes, norms, centroids, bits, scale, implementation):
@@ -346,38 +267,23 @@ def _score_gradients(grad, q, codes, norms, centroids, bits, scale):
 
 for _name, _function in (
     ("rotate", _rotate),
-    ("compress", _compress),
-    ("dequantize", _dequantize),
-    ("decompress", _decompress),
     ("fused_qk_scores", _scores),
     ("fused_qk_scores_backward", _score_gradients),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("tq_torch::rotate", lib=_library)
+@torch.library.register_fake("tq_torch::rotate", lib=LIBRARY)
 def _(x, *_):
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("tq_torch::compress", lib=_library)
-def _(x, head_dim, bits, *_):
-    codes = x.new_empty((*x.shape[:-1], packed_dim(head_dim, bits)), dtype=torch.uint8)
-    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("tq_torch::dequantize", lib=_library)
-@torch.library.register_fake("tq_torch::decompress", lib=_library)
-def _(codes, norms, head_dim, *_):
-    return norms.new_empty((*norms.shape, head_dim))
-
-
-@torch.library.register_fake("tq_torch::fused_qk_scores", lib=_library)
+@torch.library.register_fake("tq_torch::fused_qk_scores", lib=LIBRARY)
 def _(q, codes, *_):
     return q.new_empty((*q.shape[:3], codes.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake("tq_torch::fused_qk_scores_backward", lib=_library)
+@torch.library.register_fake("tq_torch::fused_qk_scores_backward", lib=LIBRARY)
 def _(grad, q, codes, norms, centroids, bits, scale):
     table = norms.new_empty(2**bits) if centroids is None else torch.empty_like(centroids)
     return torch.empty_like(q), torch.empty_like(norms), table
@@ -406,8 +312,8 @@ def _scores_backward(ctx, grad):
     return of_q, None, of_norms, None if centroids is None else of_table, None, None, None
 
 
-torch.library.register_autograd("tq_torch::rotate", _rotate_backward, setup_context=_save_rotation, lib=_library)
-torch.library.register_autograd("tq_torch::fused_qk_scores", _scores_backward, setup_context=_save_scores, lib=_library)
+torch.library.register_autograd("tq_torch::rotate", _rotate_backward, setup_context=_save_rotation, lib=LIBRARY)
+torch.library.register_autograd("tq_torch::fused_qk_scores", _scores_backward, setup_context=_save_scores, lib=LIBRARY)
 
 _WORDS = WeakTensorKeyDictionary()
 

@@ -9,6 +9,7 @@ from tqcore.codebook import Codebook
 from tqcore.file import load_file, save_file
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.reference import (
+    append,
     attention_scores,
     compress,
     decompress,
@@ -26,6 +27,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "append",
     "attention",
     "attention_scores",
     "compress",

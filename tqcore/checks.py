@@ -123,6 +123,32 @@ def check_vectors(x: Any, quantizer: Any, center: Any = None) -> None:
         _check_center("center", center, x.shape)
 
 
+def check_append(packed, x, starts, page_table) -> None:
+    """The arguments of `append`; starts and page numbers may have any values."""
+    check_packed("packed", packed)
+    check_array("packed.codes", packed.codes, "[B, K, S, P]" if page_table is None else "[N, K, page, P]", ("uint8",))
+    if packed.residual is not None:
+        raise ValueError("`packed` must be without a residual where it is written to, got qjl=True.")
+    _check_width("x", x, "[B, K, T, D]", packed.quantizer)
+    (batch, heads), (sequences, kv_heads) = x.shape[:2], packed.codes.shape[:2]
+    if heads != kv_heads:
+        raise ValueError(f"`x` and `packed` must have the same heads, got {heads} and {kv_heads} heads.")
+    if page_table is None and batch != sequences:
+        raise ValueError(f"`x` and `packed` must have one batch size, got {batch} and {sequences}.")
+    _check_axes("starts", starts, "[B]", "int32", "batch size of `x`", batch)
+    if page_table is not None:
+        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `x`", batch)
+    center = None if packed.center is None else tuple(packed.center.shape)
+    if center is not None and center[-2] != 1:
+        raise ValueError(
+            f"`packed.center` must have an S axis of 1 where `packed` is written to, got shape {list(center)}."
+        )
+    if center is not None and page_table is not None and len(center) == 4 and center[0] != 1:
+        raise ValueError(
+            f"`packed.center` must be the same for all pages where they are written to, got shape {list(center)}."
+        )
+
+
 def check_keys(keys: Any) -> None:
     """The argument of `key_center`."""
     check_array("keys", keys, "[..., S, D]", FLOATS)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqcore import center as center_of
-from tqcore import checks
+from tqcore import checks, paging
 from tqcore.fixed_point import (
     INFINITY_BITS,
     MIN_EXPONENT_BITS,
@@ -29,7 +29,9 @@ from tqcore.rotation import rotate, unrotate
 IMPLEMENTATIONS = ("numpy",)
 
 
-def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None) -> PackedVectors:
+def compress(
+    x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None, implementation: str | None = None
+) -> PackedVectors:
     """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
 
     A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
@@ -40,6 +42,7 @@ def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None)
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
+      implementation: "numpy" or None.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -49,6 +52,7 @@ def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None)
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_vectors(x, quantizer, center)
     x = x.astype(np.float32)
     residual = None
@@ -57,17 +61,21 @@ def compress(x: NDArray, quantizer: Quantizer, *, center: NDArray | None = None)
             x = x - center
         codes, norms = _encode(x, quantizer)
         if quantizer.residual is not None:
-            rest = x - _decode(codes, norms, quantizer)
+            rest = x - _decode(PackedVectors(codes, norms, quantizer))
             residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
     return PackedVectors(codes, norms, quantizer, center, residual)
 
 
-def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
+def decompress(
+    packed: PackedVectors, *, dtype="float32", rotated: bool = False, implementation: str | None = None
+) -> NDArray:
     """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
 
     Args:
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
+      rotated: whether R x̂ is returned instead, which leaves out rotating back.
+      implementation: "numpy" or None.
 
     Returns:
       [..., S, D] of `dtype`.
@@ -75,14 +83,55 @@ def decompress(packed: PackedVectors, *, dtype="float32") -> NDArray:
     Raises:
       ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
     """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
-    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
+    checks.check_flag("rotated", rotated)
+    quantizer, parts = packed.quantizer, []
     if packed.residual is not None:
-        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
+        parts.append(_decode(packed.residual))
     if packed.center is not None:
-        vectors = vectors + packed.center
+        parts.append(packed.center)
+    vectors = dequantize(packed) if rotated else _decode(packed)
+    for part in parts:
+        vectors = vectors + (rotate(part, quantizer) if rotated else part)
     return vectors.astype(checks.dtype_name(dtype))
+
+
+def append(
+    packed: PackedVectors,
+    x: NDArray,
+    starts: NDArray,
+    *,
+    page_table: NDArray | None = None,
+    implementation: str | None = None,
+) -> PackedVectors:
+    """Compresses vectors into a cache: what `compress` makes of x[b,:,t] goes to position starts[b] + t of sequence b.
+
+    A position outside 0 to S - 1, or in a page outside the pool, is not written: a start of -T leaves a sequence alone.
+    Of two vectors that go to one place, as where sequences share a page, either stays.
+
+    Args:
+      packed: PackedVectors [B, K, S, D] without a residual, S the capacity; a center has an S axis of 1.
+      x: [B, K, T, D] float32, bfloat16 or float16.
+      starts: [B] int32, any values.
+      page_table: [B, M] int32. `packed` is then a pool [N, K, page, D] whose center is the same for all pages, and
+        position s of sequence b is in page page_table[b, s // page]; S is M · page.
+      implementation: "numpy" or None.
+
+    Returns:
+      `packed`, whose codes and norms are written in place.
+
+    Raises:
+      ValueError: an argument does not fit; starts and page numbers out of range are no error.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_append(packed, x, starts, page_table)
+    new = compress(x, packed.quantizer, center=packed.center)
+    sequence, slot, written = paging.places(starts, x.shape[2], page_table, packed.codes.shape, np.arange, np)
+    for cache, values in ((packed.codes, new.codes), (packed.norms, new.norms)):
+        cache[sequence[written], :, slot[written]] = values.swapaxes(1, 2)[written]
+    return packed
 
 
 def fused_qk_scores(
@@ -235,10 +284,18 @@ def _encode(x: NDArray[np.float32], quantizer: Quantizer) -> tuple[NDArray[np.ui
     return pack(indices, np, quantizer.code_bits), np.where(finite, length * power_of_two(e), np.float32(np.nan))
 
 
-def _decode(codes: NDArray[np.uint8], norms: NDArray[np.float32], quantizer: Quantizer) -> NDArray[np.float32]:
+def _decode(packed: PackedVectors) -> NDArray[np.float32]:
     """norm · Rᵀ centroids[index]."""
-    indices = unpack(codes, np, quantizer.code_bits)
-    return unrotate(quantizer.codebook.centroids[indices], quantizer) * norms[..., None]
+    return unrotate(_centroids_at(packed), packed.quantizer) * packed.norms[..., None]
+
+
+def dequantize(packed: PackedVectors) -> NDArray[np.float32]:
+    """norm · centroids[index] [..., S, D], not rotated back."""
+    return _centroids_at(packed) * packed.norms[..., None]
+
+
+def _centroids_at(packed):
+    return packed.quantizer.codebook.centroids[unpack(packed.codes, np, packed.quantizer.code_bits)]
 
 
 def packed_scores(query: NDArray, keys: PackedVectors, scale: float) -> NDArray[np.float32]:

@@ -7,10 +7,9 @@ import jax
 
 from tqcore import Codebook, PackedVectors, Quantizer, __version__
 from tqjax.attention_ops import attention, merge_attention
+from tqjax.compress_ops import append, compress, decompress
 from tqjax.ops import (
     attention_scores,
-    compress,
-    decompress,
     from_dlpack,
     fused_qk_scores,
     key_center,
@@ -30,6 +29,7 @@ __all__ = [
     "PackedVectors",
     "Quantizer",
     "__version__",
+    "append",
     "attention",
     "attention_scores",
     "compress",

@@ -1,6 +1,5 @@
 """The public operations: check, choose the implementation, call it."""
 
-import dataclasses
 import functools
 from os import PathLike
 
@@ -54,52 +53,6 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     """x = Rᵀ y, the inverse of `rotate`; the same arguments, result and errors."""
     checks.check_rotated(x, quantizer)
     return _unrotate(jnp.asarray(x), quantizer)
-
-
-def compress(x: jax.Array, quantizer: Quantizer, *, center: jax.Array | None = None) -> PackedVectors:
-    """Quantises vectors, less their center: norm = ‖x‖, index_d = number of boundaries b with b·‖x‖ < (R x)_d.
-
-    A coordinate on a boundary takes the lower index. A vector whose largest magnitude is below 2^-100
-    counts as zero: norm 0, codes of +0. A vector with NaN or infinity gets a NaN norm and the codes of +0.
-
-    Args:
-      x: [..., S, D] float32, bfloat16 or float16.
-      quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
-      center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
-        `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-
-    Returns:
-      PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
-
-    Raises:
-      ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
-
-    Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
-    """
-    checks.check_vectors(x, quantizer, center)
-    if center is None:
-        return _compress(jnp.asarray(x), quantizer, None)
-    check_devices(x=x, center=center)
-    center = jnp.asarray(center)
-    return dataclasses.replace(_compress(jnp.asarray(x), quantizer, center), center=center)
-
-
-def decompress(packed: PackedVectors, *, dtype="float32") -> jax.Array:
-    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
-
-    Args:
-      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
-      dtype: float32, bfloat16 or float16.
-
-    Returns:
-      [..., S, D] of `dtype`.
-
-    Raises:
-      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
-    """
-    checks.check_packed("packed", packed)
-    checks.check_dtype(dtype)
-    return _decompress(packed.map(jnp.asarray), checks.dtype_name(dtype))
 
 
 def fused_qk_scores(
@@ -245,8 +198,6 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
 
 _rotate = jax.jit(xla.rotate, static_argnums=1)
 _unrotate = jax.jit(xla.unrotate, static_argnums=1)
-_compress = jax.jit(xla.compress, static_argnums=1)
-_decompress = jax.jit(xla.decompress, static_argnums=1)
 _key_center = jax.jit(xla.key_center)
 _rotary_center = jax.jit(xla.rotary_center, static_argnums=(2, 3))
 _center_scores = jax.jit(xla.center_scores, static_argnums=(2, 3))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tqcore import center as center_of
-from tqcore import fixed_point
+from tqcore import fixed_point, paging
 from tqcore.fixed_point import (
     ABS_MASK,
     INFINITY_BITS,
@@ -47,18 +47,34 @@ def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> Pa
     codes, norms = _encode(x, quantizer)
     residual = None
     if quantizer.residual is not None:
-        rest = x - _decode(codes, norms, quantizer)
+        rest = x - _decode(PackedVectors(codes, norms, quantizer))
         residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
     return PackedVectors(codes, norms, quantizer, None, residual)
 
 
-def decompress(packed: PackedVectors, dtype) -> jax.Array:
-    vectors = _decode(packed.codes, packed.norms, packed.quantizer)
+def decompress(packed: PackedVectors, dtype, rotated: bool) -> jax.Array:
+    quantizer, parts = packed.quantizer, []
     if packed.residual is not None:
-        vectors = vectors + _decode(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
+        parts.append(_decode(packed.residual))
     if packed.center is not None:
-        vectors = vectors + packed.center
+        parts.append(packed.center)
+    vectors = dequantize(packed) if rotated else _decode(packed)
+    for part in parts:
+        vectors = vectors + (rotate(part, quantizer) if rotated else part)
     return vectors.astype(dtype)
+
+
+def append(packed: PackedVectors, x: jax.Array, starts: jax.Array, page_table: jax.Array | None) -> PackedVectors:
+    """All but the center itself, which need not pass through `jit`."""
+    new = compress(x, packed.quantizer, packed.center)
+    arange = functools.partial(jnp.arange, dtype=jnp.int32)
+    sequence, slot, written = paging.places(starts, x.shape[2], page_table, packed.codes.shape, arange, jnp)
+    slot = jnp.where(written, slot, packed.codes.shape[2])  # past the end, where a scatter drops
+
+    def scattered(cache, values):
+        return cache.at[sequence, :, slot].set(values.swapaxes(1, 2), mode="drop")
+
+    return PackedVectors(scattered(packed.codes, new.codes), scattered(packed.norms, new.norms), packed.quantizer)
 
 
 def key_center(keys: jax.Array) -> jax.Array:
@@ -102,18 +118,19 @@ def _encode(x, quantizer):
     return pack(indices, jnp, quantizer.code_bits), jnp.where(finite, length * power_of_two(e), jnp.nan)
 
 
-def _decode(codes, norms, quantizer):
+def _decode(packed):
     """norm · Rᵀ centroids[index]."""
-    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+    return unrotate(_centroids_at(packed), packed.quantizer) * packed.norms[..., None]
 
 
 def dequantize(packed: PackedVectors) -> jax.Array:
     """norm · centroids[index] [..., S, D], not rotated back."""
-    return _centroids_at(packed.codes, packed.quantizer) * packed.norms[..., None]
+    return _centroids_at(packed) * packed.norms[..., None]
 
 
-def _centroids_at(codes, quantizer):
-    return jnp.asarray(quantizer.codebook.centroids)[unpack(codes, jnp, quantizer.code_bits)]
+def _centroids_at(packed):
+    quantizer = packed.quantizer
+    return jnp.asarray(quantizer.codebook.centroids)[unpack(packed.codes, jnp, quantizer.code_bits)]
 
 
 def fused_qk_scores(q, codes, norms, words):
