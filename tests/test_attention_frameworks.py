@@ -291,7 +291,7 @@ def test_torch_export():
 def test_torch_opcheck_of_dequantize():
     _, keys, _, _ = attention_arguments(tq_torch, attention_inputs(replace(PLAIN, lengths="full")))
     fields = (64, 4, "hadamard", 0, "corrected", True, None)
-    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (keys.codes, keys.norms, *fields))
+    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (keys.codes, keys.norms, None, *fields))
 
 
 @pytest.mark.gpu

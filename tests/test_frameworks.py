@@ -307,9 +307,9 @@ def test_torch_opcheck(implementation):
 def test_torch_opcheck_of_the_quantiser(head_dim, norm):
     keys, _, quantizer = keys_and_query(head_dim)
     keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0, norm)
-    codes, norms = torch.ops.tq_torch.compress(keys, *fields, None)
-    torch.library.opcheck(torch.ops.tq_torch.compress.default, (keys, *fields, None))
-    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, *fields, False, None))
+    codes, norms = torch.ops.tq_torch.compress(keys, None, *fields, None)
+    torch.library.opcheck(torch.ops.tq_torch.compress.default, (keys, None, *fields, None))
+    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, None, *fields, "float32", False, None))
     for inverse in (False, True):
         torch.library.opcheck(torch.ops.tq_torch.rotate.default, (keys.requires_grad_(), *fields, inverse))
 

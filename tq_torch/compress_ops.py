@@ -7,7 +7,16 @@ from tqcore import checks
 from tqcore.packing import packed_dim
 from tqcore.quantizer import PackedVectors, Quantizer
 
-IMPLEMENTATIONS = ("eager",)
+try:
+    from tq_torch import triton_compress
+except ImportError:  # a torch without Triton
+    triton_compress = None
+
+IMPLEMENTATIONS = ("eager", "triton")
+NEEDS = (
+    "'triton' needs Triton, a head_dim that is a multiple of 8 and up to 256, codes whose addresses and strides are "
+    "multiples of a vector's words, and CUDA tensors, or TRITON_INTERPRET=1 in the environment"
+)
 
 
 def compress(
@@ -24,27 +33,29 @@ def compress(
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "triton" (CUDA, D a multiple of 8 up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton on CUDA where it can do the case, else eager.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
 
     Raises:
       ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
+      NotImplementedError: the implementation asked for cannot do this case.
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_vectors(x, quantizer, center)
-    x = x.detach()
-    if center is not None:
-        checks.check_devices({"x": x.device, "center": center.device})
-        x = x.float() - center.detach()
-    codes, norms = torch.ops.tq_torch.compress(x, *ops.fields_of(quantizer), implementation)
+    x, origin = x.detach(), None if center is None else center.detach()
+    if origin is not None:
+        checks.check_devices({"x": x.device, "center": origin.device})
+    codes, norms = torch.ops.tq_torch.compress(x, origin, *ops.fields_of(quantizer), implementation)
     residual = None
     if quantizer.residual is not None:
-        rest = x.float() - _decode(PackedVectors(codes, norms, quantizer), False, implementation)
-        signs, lengths = torch.ops.tq_torch.compress(rest, *ops.fields_of(quantizer.residual), implementation)
+        rest = x.float() if origin is None else x.float() - origin
+        rest = rest - _decode(PackedVectors(codes, norms, quantizer), implementation)
+        signs, lengths = torch.ops.tq_torch.compress(rest, None, *ops.fields_of(quantizer.residual), implementation)
         residual = PackedVectors(signs, lengths, quantizer.residual)
     return PackedVectors(codes, norms, quantizer, center, residual)
 
@@ -58,27 +69,29 @@ def decompress(
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
       rotated: whether R x̂ is returned instead, which leaves out rotating back.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "triton" (CUDA, D a multiple of 8 up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton on CUDA where it can do the case, else eager.
 
     Returns:
       [..., S, D] of `dtype`.
 
     Raises:
       ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
+      NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_packed("packed", packed)
     checks.check_dtype(dtype)
     checks.check_flag("rotated", rotated)
-    quantizer, parts = packed.quantizer, []
-    if packed.residual is not None:
-        parts.append(_decode(packed.residual, False, implementation))
-    if packed.center is not None:
-        parts.append(packed.center)
-    vectors = _decode(packed, rotated, implementation)
-    for part in parts:
-        vectors = vectors + (ops.rotate(part, quantizer) if rotated else part)
-    return vectors.to(getattr(torch, checks.dtype_name(dtype)))
+    dtype = checks.dtype_name(dtype)
+    if packed.residual is None and (packed.center is None or not rotated):
+        return _decode(packed, implementation, center=packed.center, dtype=dtype, rotated=rotated)
+    vectors = _decode(packed, implementation, rotated=rotated)
+    for part in (packed.residual, packed.center):
+        if part is not None:
+            part = _decode(part, implementation) if isinstance(part, PackedVectors) else part
+            vectors = vectors + (ops.rotate(part, packed.quantizer) if rotated else part)
+    return vectors.to(getattr(torch, dtype))
 
 
 def append(
@@ -102,13 +115,15 @@ def append(
       starts: [B] int32, any values.
       page_table: [B, M] int32. `packed` is then a pool [N, K, page, D] whose center is the same for all pages, and
         position s of sequence b is in page page_table[b, s // page]; S is M · page.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "triton" (CUDA, D a multiple of 8 up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), or None: triton on CUDA where it can do the case, else eager.
 
     Returns:
       `packed`, whose codes and norms are written in place.
 
     Raises:
       ValueError: an argument does not fit; starts and page numbers out of range are no error.
+      NotImplementedError: the implementation asked for cannot do this case.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_append(packed, x, starts, page_table)
@@ -125,20 +140,23 @@ def append(
 
 def dequantize(packed):
     """norm · centroids[index] [..., S, D], not rotated back."""
-    return _decode(packed, True, "eager")
+    return _decode(packed, "eager", rotated=True)
 
 
-def _decode(packed, rotated, implementation):
-    """norm · Rᵀ centroids[index], or without Rᵀ."""
+def _decode(packed, implementation, *, center=None, dtype="float32", rotated=False):
+    """norm · Rᵀ centroids[index] + center, or norm · centroids[index]."""
     fields = ops.fields_of(packed.quantizer)
-    return torch.ops.tq_torch.decompress(packed.codes, packed.norms, *fields, rotated, implementation)
+    return torch.ops.tq_torch.decompress(packed.codes, packed.norms, center, *fields, dtype, rotated, implementation)
 
 
 # --- the operations as torch sees them: each calls one implementation ------------------------------------------------
 
-ops.LIBRARY.define(f"compress(Tensor x, {ops.QUANTIZER}, str? implementation) -> (Tensor, Tensor)")
 ops.LIBRARY.define(
-    f"decompress(Tensor codes, Tensor norms, {ops.QUANTIZER}, bool rotated, str? implementation) -> Tensor"
+    f"compress(Tensor x, Tensor? center, {ops.QUANTIZER}, str? implementation) -> (Tensor, Tensor)"
+)
+ops.LIBRARY.define(
+    f"decompress(Tensor codes, Tensor norms, Tensor? center, {ops.QUANTIZER}, str dtype, bool rotated, "
+    "str? implementation) -> Tensor"
 )
 ops.LIBRARY.define(
     "append(Tensor(a!) codes, Tensor(b!) norms, Tensor x, Tensor? center, Tensor starts, Tensor? page_table, "
@@ -146,21 +164,45 @@ ops.LIBRARY.define(
 )
 
 
-def _compress(x, *fields_and_implementation):
-    *fields, _ = fields_and_implementation
-    return eager.compress(x, ops.quantizer_of(*fields))
+def _compress(x, center, *fields_and_implementation):
+    *fields, implementation = fields_and_implementation
+    quantizer = ops.quantizer_of(*fields)
+    if _takes_kernel(x, quantizer, implementation):
+        return triton_compress.compress(x, quantizer, center)
+    return eager.compress(x if center is None else x.float() - center, quantizer)
 
 
-def _decompress(codes, norms, *fields_and_choices):
-    *fields, rotated, _ = fields_and_choices
-    decode = eager.dequantize if rotated else eager.decompress
-    return decode(codes, norms, ops.quantizer_of(*fields))
+def _decompress(codes, norms, center, *fields_and_choices):
+    *fields, dtype, rotated, implementation = fields_and_choices
+    quantizer, dtype = ops.quantizer_of(*fields), getattr(torch, dtype)
+    if _takes_kernel(codes, quantizer, implementation):
+        return triton_compress.decompress(codes, norms, quantizer, center, dtype=dtype, rotated=rotated)
+    vectors = (eager.dequantize if rotated else eager.decompress)(codes, norms, quantizer)
+    return (vectors if center is None else vectors + center).to(dtype)
 
 
 def _append(codes, norms, x, center, starts, page_table, *fields_and_implementation):
-    *fields, _ = fields_and_implementation
-    if 0 not in (*codes.shape, *x.shape):
-        eager.append(codes, norms, x, center, starts, page_table, ops.quantizer_of(*fields))
+    *fields, implementation = fields_and_implementation
+    quantizer = ops.quantizer_of(*fields)
+    if 0 in (*codes.shape, *x.shape):
+        return
+    if _takes_kernel(x, quantizer, implementation, codes):
+        triton_compress.append(codes, norms, x, starts, quantizer, center, page_table)
+    else:
+        eager.append(codes, norms, x, center, starts, page_table, quantizer)
+
+
+def _takes_kernel(x, quantizer, implementation, codes=None):
+    """Whether the kernel does a case; `codes` are what it writes to, if that is not its own."""
+    if implementation == "eager" or (implementation is None and not x.is_cuda):
+        return False
+    can = triton_compress is not None and triton_compress.can_do(x, quantizer)
+    can = can and (codes is None or triton_compress.can_write(codes, quantizer))
+    if not can and implementation is not None:
+        raise NotImplementedError(
+            f"{NEEDS}, got head_dim={quantizer.head_dim} on {x.device}; 'eager' has no such need."
+        )
+    return can
 
 
 for _name, _function in (("compress", _compress), ("decompress", _decompress), ("append", _append)):
@@ -168,14 +210,14 @@ for _name, _function in (("compress", _compress), ("decompress", _decompress), (
 
 
 @torch.library.register_fake("tq_torch::compress", lib=ops.LIBRARY)
-def _(x, head_dim, bits, *_):
+def _(x, center, head_dim, bits, *_):
     codes = x.new_empty((*x.shape[:-1], packed_dim(head_dim, bits)), dtype=torch.uint8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("tq_torch::decompress", lib=ops.LIBRARY)
-def _(codes, norms, head_dim, *_):
-    return norms.new_empty((*norms.shape, head_dim))
+def _(codes, norms, center, head_dim, bits, rotation, seed, norm, dtype, *_):
+    return norms.new_empty((*norms.shape, head_dim), dtype=getattr(torch, dtype))
 
 
 @torch.library.register_fake("tq_torch::append", lib=ops.LIBRARY)

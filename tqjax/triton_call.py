@@ -74,7 +74,7 @@ def _batch(arrays, axes, **options):
 
 
 def _lower_for_cuda(ctx, *operands, **options):
-    function = functools.partial(_scores, **options, capability=_capability(ctx))
+    function = functools.partial(_scores, **options, capability=capability(ctx))
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
 
@@ -185,7 +185,7 @@ def _check_memory(metadata, capability):
         )
 
 
-def _capability(ctx) -> int:
+def capability(ctx) -> int:
     """Ten times the compute capability of the GPU lowered for, else of JAX's abstract device, else 90."""
     devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
     for one in (*devices, *device.cuda_devices()):

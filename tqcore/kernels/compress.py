@@ -315,7 +315,8 @@ def compress_kernel(
         y = _rotate(scaled, rotation_ptr, R, L, J)
     radius = tl.where(usable, length, 1.0)[:, None]
     if starts_ptr is not None:
-        s += tl.load(starts_ptr + b, mask=live, other=-1)
+        b += s * 0  # of each vector, which a mask needs
+        s += tl.load(starts_ptr + b, mask=live, other=0)
         live &= (s >= 0) & (s < capacity)
         if table_ptr is not None:
             b = tl.load(table_ptr + b * table_stride_b + s // PAGE, mask=live, other=-1).to(tl.int64)
