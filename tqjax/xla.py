@@ -64,11 +64,12 @@ def decompress(packed: PackedVectors, dtype, rotated: bool) -> jax.Array:
     return vectors.astype(dtype)
 
 
-def append(packed: PackedVectors, x: jax.Array, starts: jax.Array, page_table: jax.Array | None) -> PackedVectors:
-    """All but the center itself, which need not pass through `jit`."""
-    new = compress(x, packed.quantizer, packed.center)
+def append(
+    packed: PackedVectors, new: PackedVectors, starts: jax.Array, page_table: jax.Array | None
+) -> PackedVectors:
+    """Scatters new vectors [B, K, T, D] into `packed`: all but the center itself, which need not pass through `jit`."""
     arange = functools.partial(jnp.arange, dtype=jnp.int32)
-    sequence, slot, written = paging.places(starts, x.shape[2], page_table, packed.codes.shape, arange, jnp)
+    sequence, slot, written = paging.places(starts, new.norms.shape[2], page_table, packed.codes.shape, arange, jnp)
     slot = jnp.where(written, slot, packed.codes.shape[2])  # past the end, where a scatter drops
 
     def scattered(cache, values):
