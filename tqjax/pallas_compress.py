@@ -227,6 +227,14 @@ def _multiply(a, b, ptx):
     return _assembly("mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b) if ptx else jnp.minimum(a * b, QUERY_LIMIT**2)
 
 
+def _opposite(y, factor, ptx):
+    """−factor · y, but never −0."""
+    factor = jnp.full(y.shape, -factor, jnp.float32)
+    if ptx:
+        return _assembly("fma.rn.f32 $0, $1, $2, 0f00000000;", "=f,f,f", y, factor)
+    return jnp.where(y == 0, 0.0, y * factor)
+
+
 def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, boundaries, ptx):
     """x [rows, D] to codes [rows, P] and norms [rows]; refs: the center's, if any, and those."""
     *center_ref, codes_ref, norms_ref = refs
@@ -257,7 +265,7 @@ def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, b
         sign = jnp.zeros((R, L), jnp.int32)
         magnitudes = []
         for i in range(8):  # from the highest nibble on
-            opposite = y[8 * j + (7 - i ^ 1)] * -np.float32(constants["FACTOR"]) + 0.0  # never -0
+            opposite = _opposite(y[8 * j + (7 - i ^ 1)], constants["FACTOR"], ptx)
             found = _search(opposite, radius, boundaries)
             if i < 4:
                 high = _place(found, high, 12 - 4 * i)
