@@ -1,7 +1,7 @@
 # Each target sets up its own virtual environment on first use. PY=/path/to/python runs on an interpreter that
 # already has the packages instead, such as that of a GPU machine without a network.
 
-.PHONY: demo test lint gpu bench clean
+.PHONY: demo test test-hf-oldest lint gpu bench clean
 
 ifdef PY
 export PYTHONPATH := $(CURDIR)
@@ -10,7 +10,7 @@ PY = $(VENV)/bin/python
 SETUP = $(VENV)/installed
 endif
 
-demo test lint: VENV = .venv
+demo test test-hf-oldest lint: VENV = .venv
 gpu bench: VENV = .venv-gpu
 
 .SECONDEXPANSION:
@@ -20,6 +20,10 @@ demo: $$(SETUP)  ## a real model's keys, compressed once and scored by both fram
 
 test: $$(SETUP)  ## the whole suite; kernels interpreted, and compiled without a GPU
 	$(PY) -m pytest -n auto -q
+
+test-hf-oldest: $$(SETUP)  ## caches of Hugging Face models with the oldest transformers that is supported
+	test -d .hf-oldest/transformers || $(PY) -m pip install -q --target .hf-oldest transformers==5.0.0 numpy==2.4.6
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.hf-oldest $(PY) -m pytest -n auto -q tests/test_transformers.py
 
 lint: $$(SETUP)
 	$(PY) -m ruff check .
@@ -45,4 +49,4 @@ bench: $$(SETUP)  ## gate, then time; what changed since the committed results; 
 	touch $@
 
 clean:
-	rm -rf .venv .venv-gpu demo.png
+	rm -rf .venv .venv-gpu .hf-oldest demo.png

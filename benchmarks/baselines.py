@@ -215,9 +215,9 @@ def floor_kernel(
 def floor_scores(
     q_rotated: torch.Tensor, packed_indices: torch.Tensor, norms: torch.Tensor, *, config: FloorConfig
 ) -> torch.Tensor:
-    """No scores: reads codes [B, K, S, D/2] and norms, writes [B, H, T, S] float32, one exclusive or a 32-bit word."""
-    batch, heads, length, head_dim = q_rotated.shape
-    kv_heads, positions = norms.shape[1:]
+    """No scores: reads codes [B, K, S, P] and norms, writes [B, H, T, S] float32, one exclusive or a 32-bit word."""
+    batch, heads, length, _ = q_rotated.shape
+    kv_heads, positions, words = norms.shape[1], norms.shape[2], packed_indices.shape[3] // 4
     rows = heads // kv_heads * length
     block_r = min(triton.next_power_of_2(rows), LARGEST_FLOOR_BLOCK // config.block_s)
     programs_s = triton.cdiv(positions, config.block_s * config.blocks)
@@ -228,10 +228,10 @@ def floor_scores(
         out,
         rows,
         positions,
-        W=head_dim // 8,
+        W=words,
         BLOCK_R=block_r,
         BLOCK_S=config.block_s,
-        BLOCK_W=triton.next_power_of_2(head_dim // 8),
+        BLOCK_W=triton.next_power_of_2(words),
         BLOCKS=config.blocks,
         num_warps=config.num_warps,
     )

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COPY_BYTES = 2**32
 DRY_BYTES = 2**20
-CASE_KEYS = ("B", "K", "G", "S", "T", "D")
+CASE_KEYS = ("B", "K", "G", "S", "T", "D", "bits")
 RATIOS = ("vs_bf16", "vs_bf16_f32out", "vs_fp32", "vs_fp32_highest", "vs_original", "vs_floor")
 
 
@@ -130,9 +130,9 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def tell(report: dict) -> None:
+def tell(report: dict, ratios: tuple[str, ...] = RATIOS) -> None:
     """The table, and what a reader of it should know."""
-    Console(width=None if sys.stdout.isatty() else 160).print(table(report))
+    Console(width=None if sys.stdout.isatty() else 160).print(table(report, ratios))
     for one in report["not_run"]:
         what = f"{one['front']}/{one['implementation']}" if one["front"] else "all"
         print(f"not run: {one['case']} {what}: {one['reason'][:200]}")
@@ -142,14 +142,14 @@ def tell(report: dict) -> None:
     print(f"one more burst adds, µs: {report['dispatch_us']}; {report['seconds']} s in all")
 
 
-def table(report: dict) -> Table:
+def table(report: dict, ratios: tuple[str, ...]) -> Table:
     """The rows case by case, fastest first."""
     dry = "Dry run, the times mean nothing. " if report["method"] == "dry run" else ""
     title = f"{dry}{report['rows'][0]['op']}, {report['device']}, copy {report['copy_gbps']:.0f} GB/s"
     caption = "on the right: how many times faster than that baseline; floor: how many times slower"
     found = Table(title=title, caption=caption)
     headings = ("implementation", "µs", "10–90 %", "of copy", "error", "extra bytes")
-    for heading in (*headings, *(name.removeprefix("vs_").replace("_", " ") for name in RATIOS)):
+    for heading in (*headings, *(name.removeprefix("vs_").replace("_", " ") for name in ratios)):
         found.add_column(heading, justify="left" if heading == "implementation" else "right")
     last = None
     for row in report["rows"]:
@@ -165,13 +165,14 @@ def table(report: dict) -> Table:
             f"{row['copy_share']:.0%}",
             "–" if row["error"] is None else f"{row['error']:.0e}",
             "–" if row["extra_bytes"] is None else f"{row['extra_bytes']:,}",
-            *("–" if row[name] is None else f"{row[name]:.2f}" for name in RATIOS),
+            *("–" if row[name] is None else f"{row[name]:.2f}" for name in ratios),
         )
     return found
 
 
 def label(row: dict) -> str:
-    return " ".join(f"{key}{row[key]}" for key in CASE_KEYS)
+    keys = (*CASE_KEYS, *(key for key in ("bits", "page") if row["op"] == "attention" and row[key]))
+    return " ".join(f"{key}{row[key]}" for key in keys)
 
 
 def results_folder(report: dict) -> Path:

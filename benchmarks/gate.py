@@ -51,7 +51,7 @@ def make_references(case: Case, sets: InputSets, centroids: np.ndarray) -> list[
         q, codes, norms = q[:, t], codes[s], norms[s]
         packed = q[None], codes[None, None], norms[None, None], centroids, sets.scale
         oracle = tqcore.fused_qk_scores(*packed, n_q_heads=case.G, n_kv_heads=1)[0]
-        keys = centroids.astype(np.float64)[unpack(codes, np)] * norms[:, None]
+        keys = centroids.astype(np.float64)[unpack(codes, np, case.bits)] * norms[:, None]
         exact = sets.scale * (q.astype(np.float64) @ keys.T)
         references.append(Reference(batch, heads, *on_device, oracle, exact))
     return references

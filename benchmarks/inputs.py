@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import triton
 
-from tqcore.packing import unpack
+from tqcore.packing import packed_dim, unpack
 
 CACHE_BYTES = 3 * 60 * 2**20  # three times the L2 of an H200
 LARGEST_BURST = 48
@@ -20,7 +20,8 @@ FLOAT32 = (*USUAL, "dense_fp32", "dense_fp32_highest", "original")
 
 @dataclass(frozen=True)
 class Case:
-    """B batch, K key heads, G query heads a key head, S cached positions, T query positions, D head_dim."""
+    """B batch, K key heads, G query heads a key head, S cached positions, T query positions, D head_dim;
+    keys of as many bits."""
 
     B: int
     K: int
@@ -28,16 +29,22 @@ class Case:
     S: int
     T: int = 1
     D: int = 128
+    bits: int = 4
 
     def __str__(self) -> str:
-        return f"B{self.B} K{self.K} G{self.G} S{self.S} T{self.T} D{self.D}"
+        return f"B{self.B} K{self.K} G{self.G} S{self.S} T{self.T} D{self.D} bits{self.bits}"
 
     @property
     def bursts(self) -> list[int]:
         """The number of input sets in each burst; between two uses of a set, CACHE_BYTES are read or written."""
-        sets = max(4, triton.cdiv(CACHE_BYTES, self.bytes(self.D // 2, 2)))
+        sets = max(4, triton.cdiv(CACHE_BYTES, self.bytes(self.packed_dim, 2)))
         bursts = triton.cdiv(sets, LARGEST_BURST)
         return [triton.cdiv(sets, bursts)] * bursts
+
+    @property
+    def packed_dim(self) -> int:
+        """Bytes of codes a key."""
+        return packed_dim(self.D, self.bits)
 
     def bytes(self, key_bytes: int, score_bytes: int) -> int:
         """Bytes of keys and scores that must move."""
@@ -54,6 +61,8 @@ class DryCase(Case):
 # interest, since --minutes may end a run before the last.
 CASES: dict[Case, tuple[str, ...]] = {
     Case(B=8, K=8, G=4, S=32768): (*FLOAT32, "eager", "xla"),
+    Case(B=8, K=8, G=4, S=32768, bits=3): USUAL,
+    Case(B=8, K=8, G=4, S=32768, bits=2): USUAL,
     Case(B=1, K=8, G=4, S=2**17): USUAL,
     Case(B=64, K=8, G=4, S=2048): USUAL,
     Case(B=1, K=8, G=4, S=2**12): USUAL,
@@ -76,6 +85,7 @@ CASES: dict[Case, tuple[str, ...]] = {
 DRY_CASES: dict[Case, tuple[str, ...]] = {
     DryCase(B=1, K=2, G=2, S=48, D=64): (*FLOAT32, "eager", "xla"),
     DryCase(B=1, K=1, G=2, S=40, T=2, D=64): (*ALWAYS, "original", "original_loop"),
+    DryCase(B=1, K=1, G=2, S=40, D=128, bits=3): ALWAYS,
 }
 
 
@@ -88,8 +98,9 @@ class InputSets:
         normal = functools.partial(torch.randn, generator=generator, device=device)
         codes = functools.partial(torch.randint, 0, 256, dtype=torch.uint8, generator=generator, device=device)
         q_shape, norms_shape = (case.B, case.K * case.G, case.T, case.D), (case.B, case.K, case.S)
+        codes_shape, self.bits = (*norms_shape, case.packed_dim), case.bits
         packed = [
-            [(normal(q_shape), codes((*norms_shape, case.D // 2)), normal(norms_shape).exp() * 8) for _ in range(burst)]
+            [(normal(q_shape), codes(codes_shape), normal(norms_shape).exp() * 8) for _ in range(burst)]
             for burst in case.bursts
         ]
         self._known: dict = {("torch", None): packed}
@@ -111,5 +122,5 @@ class InputSets:
         return self._known[front, dtype]
 
     def _dense(self, q, codes, norms, dtype):
-        keys = self.table[unpack(codes, torch).int()] * norms[..., None]
+        keys = self.table[unpack(codes, torch, self.bits).int()] * norms[..., None]
         return (q * self.scale).to(dtype), keys.to(dtype)

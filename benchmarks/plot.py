@@ -1,4 +1,4 @@
-"""Draws the results of bench.py.
+"""Draws the results of bench.py and attention.py.
 
 python3 benchmarks/plot.py [RESULTS.json ...]      by default those of every device; PNGs go beside each
 """
@@ -137,6 +137,7 @@ def draw_bars(report: dict, key: str, fixed: dict, path: Path) -> Path | None:
 def draw(results: Path) -> list[Path]:
     """Every picture that the rows suffice for."""
     report = json.loads(results.read_text())
+    report["rows"] = select(report["rows"], bits=4)
     stem = results.with_suffix("")
     with plt.rc_context(PLAIN):
         drawn = [
@@ -149,10 +150,14 @@ def draw(results: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="*", type=Path, help="JSON of bench.py")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON of bench.py or attention.py")
     arguments = parser.parse_args()
-    for results in arguments.results or sorted(RESULTS.glob("*/fused_qk_scores.json")):
-        for path in draw(results):
+    import plot_attention  # which takes its style from here
+
+    known = [path for name in ("fused_qk_scores", "attention*") for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    for results in arguments.results or known:
+        of_attention = results.name.startswith("attention")
+        for path in (plot_attention.draw if of_attention else draw)(results):
             print(path)
 
 

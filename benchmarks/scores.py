@@ -23,7 +23,6 @@ import tqcore
 import tqjax.ops
 
 OP = "fused_qk_scores"
-BITS = 4
 OPTIONAL = ("eager", "xla")  # the packed implementations that run only on the cases that name them
 NOT_CAPTURED = ("eager",)
 
@@ -54,7 +53,7 @@ def make_candidates(
     case: Case, optional: tuple[str, ...], sets: InputSets, centroids: np.ndarray
 ) -> dict[Name, Candidate]:
     heads = {"n_q_heads": case.K * case.G, "n_kv_heads": case.K}
-    packed_bytes = case.D // 2 + 4
+    packed_bytes = case.packed_dim + 4
     found = {}
     for front, ops, table in (("torch", tq_torch.ops, sets.table), ("jax", tqjax.ops, centroids)):
         for name in ops.IMPLEMENTATIONS:
@@ -170,7 +169,7 @@ def make_rows(case: Case, candidates: dict[Name, Candidate], measured: dict[Name
     rows = []
     for (front, name), one in sorted(measured.items(), key=lambda item: item[1].spread.us):
         candidate, us = candidates[front, name], one.spread.us
-        row = {"op": OP, "front": front, "implementation": name, **vars(case), "bits": BITS}
+        row = {"op": OP, "front": front, "implementation": name, **vars(case)}
         row |= {key: round(getattr(one.spread, key), 3) for key in ("us", "us_low", "us_high")}
         row["bytes"] = case.bytes(candidate.key_bytes, candidate.score_bytes)
         row |= {"sets": sum(case.bursts), "calls_per_burst": len(one.bursts.groups[0])}
@@ -188,7 +187,7 @@ def make_rows(case: Case, candidates: dict[Name, Candidate], measured: dict[Name
 
 def run_case(run: Run, case: Case, optional: tuple[str, ...], main: bool, advance: Callable[[float], None]) -> None:
     """Checks every candidate on a case and, while nothing is red, times them."""
-    centroids = tqcore.Quantizer(case.D, BITS).codebook.centroids
+    centroids = tqcore.Quantizer(case.D, case.bits).codebook.centroids
     sets = InputSets(case, centroids, run.device, seed=case.S + case.G)
     references = gate.make_references(case, sets, centroids)
     candidates = make_candidates(case, optional, sets, centroids)

@@ -81,6 +81,7 @@ ATTENTION_CASES = [
     *(replace(CAUSAL, qjl=qjl) for qjl in ((True, False), (False, True))),
     *(replace(PLAIN, splits=splits) for splits in (1, 2, 7)),
     replace(PLAIN, S=11, splits=1000),
+    *(replace(CAUSAL, S=700, G=3, page=page, splits=4) for page in (None, 48)),
     *(replace(CAUSAL, page=page, S=S, lengths="full") for page, S in ((16, 64), (64, 128), (256, 300), (1, 9))),
     *(replace(CAUSAL, page=16, centers=(c, c), qjl=(True, True)) for c in ("none", "head", "varying")),
     replace(CAUSAL, page=16, window=(9, 0)),

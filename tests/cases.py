@@ -64,6 +64,16 @@ CASES = [
         for D in (8, 80, 128)
         for T, G in ((1, 4), (3, 5))
     ),
+    *(
+        replace(BASE, bits=bits, D=D, S=S, G=G, T=T)
+        for bits in (2, 3)
+        for D, S, G, T in ((64, 65, 1, 1), (64, 257, 7, 1), (96, 63, 4, 1), (128, 193, 7, 3), (256, 130, 4, 1))
+    ),
+    *(
+        replace(BASE, bits=bits, T=17, G=3, S=260, D=D, table="random")
+        for bits in (2, 3)
+        for D in (8, 64, 96, 128, 256)
+    ),
     *(replace(BASE, bits=2, D=D) for D in (4, 36, 100)),
     *(replace(BASE, bits=bits, table=table) for bits in (1, 2, 3) for table in ("random", "one")),
     *(replace(BASE, bits=bits, values="not finite", dtype="bfloat16") for bits in (1, 2, 3)),

@@ -30,6 +30,7 @@ def in_compiling_process():
 
 def pytest_addoption(parser):
     parser.addoption("--require", action="store_true", help="a skipped test is a failed one")
+    parser.addoption("--cache-steps", type=int, default=60, help="moves of the random walks of caches")
 
 
 def pytest_configure(config):

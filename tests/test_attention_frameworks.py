@@ -15,6 +15,7 @@ from backends import (
     assert_close,
     assert_close_attention,
     attention_arguments,
+    cpu_array,
     to_array,
     to_numpy,
 )
@@ -85,10 +86,10 @@ BAD_MERGES = {
 }  # fmt: skip
 
 
-def own(package, x):
+def own(package, x, convert=to_array):
     if isinstance(x, PackedVectors):
-        return x.map(partial(to_array, package))
-    return to_array(package, x) if isinstance(x, np.ndarray) else x
+        return x.map(partial(convert, package))
+    return convert(package, x) if isinstance(x, np.ndarray) else x
 
 
 @by_name
@@ -96,7 +97,7 @@ def own(package, x):
 def test_bad_attention(package, name):
     changed, message = BAD[name]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        package.attention(**{key: own(package, value) for key, value in (GOOD | changed).items()})
+        package.attention(**{key: own(package, value, cpu_array) for key, value in (GOOD | changed).items()})
 
 
 @by_name
@@ -138,8 +139,9 @@ def test_values_that_cannot_be_seen_make_their_sequence_nan(framework, name):
     out, lse = (to_numpy(x) for x in compiled(function)(query, keys, values, **arrays))
     for x in (out, lse[..., None]):
         assert np.isnan(x[1]).all() and np.isfinite(x[[0, 2]]).all()
+    query, keys, values = (own(package, x, cpu_array) for x in (inputs.query, inputs.keys, inputs.values))
     with pytest.raises(ValueError, match="`kv_lengths` must be 0 to 70|entries of `page_table` must be 0 to 2"):
-        function(query, keys, values, **arrays)
+        function(query, keys, values, **{key: cpu_array(package, x) for key, x in UNSEEN_VALUES[name].items()})
 
 
 # --- gradients ------------------------------------------------------------------------------------------------
@@ -290,14 +292,14 @@ def test_torch_export():
 
 def test_torch_opcheck_of_dequantize():
     _, keys, _, _ = attention_arguments(tq_torch, attention_inputs(replace(PLAIN, lengths="full")))
-    fields = (64, 4, "hadamard", 0, "corrected", True, None)
-    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (keys.codes, keys.norms, None, *fields))
+    torch.library.opcheck(torch.ops.tq_torch.dequantize.default, (keys.codes, keys.norms, 64, 4))
 
 
 @pytest.mark.gpu
-def test_torch_cuda_graph():
+@pytest.mark.parametrize("case", [EVERY_PART, EVERYTHING], ids=str)  # eager, and the best kernel
+def test_torch_cuda_graph(case):
     """Which also shows that nothing waits for the device; lengths and pages change between replays."""
-    inputs = attention_inputs(EVERY_PART)
+    inputs = attention_inputs(case)
     query, keys, values, arrays = attention_arguments(tq_torch, inputs)
     lengths = arrays["kv_lengths"].clone()
     function = partial(tq_torch.attention, query, keys, values, **arrays, **inputs.static, return_lse=True)

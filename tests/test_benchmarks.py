@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attention_inputs
 import baselines
 import compare
 import gate
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import plot
+import plot_attention
 import pytest
 import timing
 import torch
@@ -196,12 +198,13 @@ def test_report_falls_back_to_the_file(tmp_path):
 
 def test_every_row_of_the_issue_is_timed():
     cases = inputs.CASES
-    assert str(next(iter(cases))) == "B8 K8 G4 S32768 T1 D128"
+    assert str(next(iter(cases))) == "B8 K8 G4 S32768 T1 D128 bits4"
     assert {case.S for case in cases if (case.B, case.T) == (1, 1)} >= {2**n for n in (10, 12, 14, 16, 17, 18, 20)}
     assert {case.T for case in cases if (case.B, case.S) == (1, 8192)} == {16, 128, 1024}
     assert {case.G for case in cases} == {1, 4, 8, 16} and {case.D for case in cases} == {64, 96, 128, 256}
+    assert {case.bits for case in cases if case.S == 32768} == {2, 3, 4}
     for case in cases:
-        between_uses = sum(case.bursts) * case.bytes(case.D // 2, 2)
+        between_uses = sum(case.bursts) * case.bytes(case.packed_dim, 2)
         assert between_uses >= inputs.CACHE_BYTES and sum(case.bursts) >= 4
         assert len(set(case.bursts)) == 1  # one compilation for all bursts
 
@@ -221,6 +224,44 @@ def test_plot(tmp_path):
     assert all(one.stat().st_size > 10_000 for one in drawn)
     path.write_text(json.dumps(report | {"copy_gbps": 4000.0, "rows": rows[:1]}))
     assert plot.draw(path) == []
+
+
+@pytest.fixture(scope="module")
+def attention_out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("attention")
+    for options in ([], ["--decode", "50"]):
+        command = [sys.executable, ROOT / "benchmarks/attention.py", "--dry-run", *options, "--out", out]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return out
+
+
+def test_attention_dry_run(attention_out):
+    report = json.loads((attention_out / "attention.json").read_text())
+    names = {(row["page"], row["front"], row["implementation"]) for row in report["rows"]}
+    packed = {(page, *name) for page in (None, 16) for name in (("torch", "triton"), ("jax", "pallas_triton"))}
+    assert packed <= names
+    assert all(row["error"] <= 1e-3 for row in report["rows"] if row["implementation"] in ("triton", "pallas_triton"))
+    assert {"vs_sdpa_bf16", "vs_cudnn_bf16", "bits", "copy_share"} <= report["rows"][0].keys()
+    decode = json.loads((attention_out / "attention_decode.json").read_text())["fronts"]
+    for found in decode.values():
+        assert found["compiled"]["first_steps"] == found["compiled"]["all_steps"]
+        assert len(found["lengths"]) == len(found["us"]["packed"]) == 1
+    names = ("attention", "attention_decode")
+    drawn = [path for name in names for path in plot_attention.draw(attention_out / f"{name}.json")]
+    assert all(path.stat().st_size > 10_000 for path in drawn) and drawn
+
+
+def test_attention_gate_is_red():
+    case = attention_inputs.DRY_CASES[0]
+    sets = attention_inputs.InputSets(case, torch.device("cpu"), seed=0)
+    references = attention_inputs.references(case, sets)
+    candidate = attention_inputs.candidates(case)["torch", "triton"]
+    inputs = [each for group in sets.of("torch", "packed") for each in group]
+    right = [attention_inputs._ours(case, attention_inputs.tq_torch, "eager", *each) for each in inputs]
+    assert attention_inputs.check(candidate, enumerate(right), references) < 1e-4
+    for wrong in (right[0] * 1.002, right[0].roll(1, -1), torch.full_like(right[0], float("nan"))):
+        with pytest.raises(gate.Red):
+            attention_inputs.check(candidate, enumerate([wrong]), references)
 
 
 def test_committed_results_are_drawn_and_compared():

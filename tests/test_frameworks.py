@@ -132,14 +132,13 @@ def test_different_devices():
 def test_implementations_say_what_they_cannot_do():
     cases = {
         "head_dim=512": replace(BASE, D=512, S=3),
-        "bits=3": replace(BASE, bits=3),
         "bits=1": replace(BASE, bits=1),
     }
     for package, name in ((tqjax, "pallas_triton"), (tq_torch, "triton"), (tq_torch, "gluon")):
         for came, case in cases.items():
             given = inputs(case)
             arrays = [to_array(package, x) for x in given.arrays]
-            needs = f"'{name}' needs .*4-bit codes.*head_dim up to 256.*got .*{came}.*has no such need"
+            needs = f"'{name}' needs .*codes of 2 to 4 bits.*head_dim up to 256.*got .*{came}.*has no such need"
             with pytest.raises(NotImplementedError, match=needs):
                 package.fused_qk_scores(*arrays, given.scale, **given.heads, implementation=name)
             assert_same_bits(to_numpy(package.fused_qk_scores(*arrays, given.scale, **given.heads)), oracle(given))
@@ -309,7 +308,7 @@ def test_torch_opcheck_of_the_quantiser(head_dim, norm):
     keys, fields = to_array(tq_torch, keys), (head_dim, 4, quantizer.rotation, 0, norm)
     codes, norms = torch.ops.tq_torch.compress(keys, None, *fields, None)
     torch.library.opcheck(torch.ops.tq_torch.compress.default, (keys, None, *fields, None))
-    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, None, *fields, "float32", False, None))
+    torch.library.opcheck(torch.ops.tq_torch.decompress.default, (codes, norms, *fields, "float32", False, None))
     for inverse in (False, True):
         torch.library.opcheck(torch.ops.tq_torch.rotate.default, (keys.requires_grad_(), *fields, inverse))
 

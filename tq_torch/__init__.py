@@ -4,22 +4,21 @@ Letters, shapes and operations are those of `tqcore`; arrays are torch tensors.
 """
 
 from tq_torch.attention_ops import attention, merge_attention
+from tq_torch.cache import KVCache, from_dlpack, load_file, save_file
 from tq_torch.compress_ops import append, compress, decompress
 from tq_torch.ops import (
     attention_scores,
-    from_dlpack,
     fused_qk_scores,
     key_center,
-    load_file,
     rotary_center,
     rotate,
-    save_file,
     unrotate,
 )
 from tqcore import Codebook, PackedVectors, Quantizer, __version__
 
 __all__ = [
     "Codebook",
+    "KVCache",
     "PackedVectors",
     "Quantizer",
     "__version__",

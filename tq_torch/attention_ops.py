@@ -1,12 +1,25 @@
 """The public operations on packed values: check, choose the implementation, call it."""
 
+from dataclasses import astuple
+from functools import partial
+
 import torch
 
-from tq_torch import eager_attention
-from tqcore import checks, softmax
+from tq_torch import dense_attention, eager_attention, ops
+from tqcore import checks, softmax, tuning
+from tqcore.kernels import gluon_is_tested
 from tqcore.quantizer import PackedVectors
 
-IMPLEMENTATIONS = ("eager",)
+try:
+    from tq_torch import triton_attention
+except ImportError:  # a torch without Triton
+    triton_attention = None
+
+IMPLEMENTATIONS = ("eager", "dense", "triton", "gluon")
+NEEDS = {
+    "triton": "'triton' needs Triton, CUDA tensors (or TRITON_INTERPRET=1 in the environment)",
+    "gluon": "'gluon' needs Triton with Gluon, CUDA tensors on a Hopper device",
+}
 
 
 def attention(
@@ -49,7 +62,11 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "eager" or None: eager, on any device with float64.
+      implementation: "eager" (any device with float64), "dense" (decompression to the query's dtype, then torch's own
+        attention in that precision: no soft cap, sinks or log-sum-exp; NaN in values reaches every row), "triton"
+        (CUDA, 2 to 4 bits, D up to 256, no residual, no center that varies along S; on a CPU Triton's interpreter,
+        under TRITON_INTERPRET=1), "gluon" (the same on a Hopper device), or None: on CUDA dense for many query rows,
+        else the first of gluon and triton that can do the case; else eager.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
@@ -59,6 +76,7 @@ def attention(
     Raises:
       ValueError: an argument does not fit. Lengths and page numbers out of range are seen in CPU tensors, outside of
         compilation; elsewhere they make their sequence NaN.
+      NotImplementedError: the implementation asked for cannot do this case.
 
     Source: Dao, FlashAttention-2, arXiv:2307.08691; Xiao et al., StreamingLLM, arXiv:2309.17453, for sinks.
     """
@@ -70,7 +88,20 @@ def attention(
     arrays |= {"kv_lengths": kv_lengths, "page_table": page_table, "sinks": sinks}
     checks.check_devices({name: x.device for name, x in arrays.items() if x is not None})
     softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
-    out, lse = eager_attention.attention(query, keys, values, kv_lengths, page_table, sinks, options)
+    can_be_dense = not return_lse and sinks is None and options.soft_cap is None
+    if implementation == "dense" or (implementation is None and can_be_dense and _has_many_rows(query, keys)):
+        if not can_be_dense:
+            raise NotImplementedError(
+                f"'dense' needs no soft cap, no sinks and no log-sum-exp, got logits_soft_cap={logits_soft_cap}, "
+                f"{'no ' if sinks is None else ''}sinks, return_lse={return_lse}; 'eager' has no such need."
+            )
+        return dense_attention.attention(query, keys, values, kv_lengths, page_table, options)
+    if kv_lengths is None:
+        size = softmax.context_size(keys, page_table)
+        kv_lengths = torch.full(query.shape[:1], size, dtype=torch.int32, device=query.device)
+    name = _choose(implementation, query, keys, values, page_table, options)
+    attend = eager_attention.attention if name == "eager" else partial(_kernel_attention, name)
+    out, lse = attend(query, keys, values, kv_lengths, page_table, sinks, options)
     return (out, lse) if return_lse else out
 
 
@@ -102,3 +133,104 @@ def _on_host(x):
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type != "cpu":
         return None
     return x.numpy()
+
+
+def _has_many_rows(query, keys):
+    """Whether decompression pays, on a CUDA device."""
+    return query.is_cuda and query.shape[2] * (query.shape[1] // keys.codes.shape[1]) >= _dense_rows(query.device)
+
+
+@torch.compiler.assume_constant_result
+def _dense_rows(device: torch.device) -> int:
+    return tuning.dense_rows(torch.cuda.get_device_name(device))
+
+
+def _choose(implementation, query, keys, values, page_table, options):
+    """The implementation asked for, or the best that can."""
+    if implementation == "eager":
+        return "eager"
+    name = _kernel_on(query.device, implementation)
+    if name is not None and softmax.kernels_take(keys, values, page_table, options):
+        return name
+    if implementation is None:
+        return "eager"
+    raise NotImplementedError(
+        f"{NEEDS[implementation]}, {softmax.KERNEL_NEEDS}, got {softmax.kernels_got(keys, values, options)} on "
+        f"{query.device}; 'eager' has no such need."
+    )
+
+
+@torch.compiler.assume_constant_result
+def _kernel_on(device: torch.device, implementation: str | None) -> str | None:
+    """The kernel asked for, or the best for a caller who names none, if it runs on the device."""
+    if triton_attention is None or (implementation is None and device.type != "cuda"):
+        return None
+    names = [implementation] if implementation else ["gluon", "triton"] if gluon_is_tested() else ["triton"]
+    return next((name for name in names if triton_attention.can_do(name, device)), None)
+
+
+def _kernel_attention(implementation, query, keys, values, kv_lengths, page_table, sinks, options):
+    """Attention by kernels; centers, which they do not know, are added after them."""
+    centered = keys.center is not None or values.center is not None
+    out, lse = torch.ops.tq_torch.attention(
+        query, keys.codes, keys.norms, values.codes, values.norms, kv_lengths, page_table, None if centered else sinks,
+        *ops._fields(keys.quantizer), *ops._fields(values.quantizer), *astuple(options), implementation,
+    )  # fmt: skip
+    if centered:
+        library = eager_attention.library_of(query)
+        out, lse = softmax.with_centers(out.float(), lse, query, keys, values, sinks, options, library)
+    return out.to(query.dtype), lse
+
+
+# --- the kernels as torch sees them ----------------------------------------------------------------------------------
+
+VALUE_QUANTIZER = "int v_head_dim, int v_bits, str v_rotation, int v_seed, str v_norm"
+_library = torch.library.Library("tq_torch", "FRAGMENT")
+_library.define(
+    "attention(Tensor query, Tensor k_codes, Tensor k_norms, Tensor v_codes, Tensor v_norms, Tensor kv_lengths, "
+    f"Tensor? page_table, Tensor? sinks, {ops.QUANTIZER}, {VALUE_QUANTIZER}, float scale, "
+    "bool is_causal, int[]? window, float? soft_cap, int? num_splits, str implementation) -> (Tensor, Tensor)"
+)
+ARRAYS, FIELDS = 8, 5  # arguments of the op that are tensors; those of a quantizer
+
+
+def _arguments(arguments):
+    """The arguments of `eager_attention.attention`, and the implementation, from those of the op."""
+    query, k_codes, k_norms, v_codes, v_norms, kv_lengths, page_table, sinks = arguments[:ARRAYS]
+    of_keys, of_values = arguments[ARRAYS:][:FIELDS], arguments[ARRAYS + FIELDS :][:FIELDS]
+    scale, is_causal, window, soft_cap, num_splits, implementation = arguments[ARRAYS + 2 * FIELDS :]
+    options = softmax.Options(scale, is_causal, None if window is None else tuple(window), soft_cap, num_splits)
+    keys = PackedVectors(k_codes, k_norms, ops._quantizer(*of_keys))
+    values = PackedVectors(v_codes, v_norms, ops._quantizer(*of_values))
+    return (query, keys, values, kv_lengths, page_table, sinks, options), implementation
+
+
+def _attention(*arguments):
+    given, implementation = _arguments(arguments)
+    return triton_attention.attention(*given, implementation)  # type: ignore
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tq_torch::attention", lib=_library)
+def _(query, *_):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:ARRAYS])
+    ctx.rest = inputs[ARRAYS:]
+
+
+def _backward(ctx, *grads):
+    """Through eager attention, by the query."""
+    (query, *given), _ = _arguments((*ctx.saved_tensors, *ctx.rest))
+    with torch.enable_grad():
+        query = query.detach().requires_grad_()
+        outputs = eager_attention.attention(query, *given)
+        (of_query,) = torch.autograd.grad(outputs, query, grads)
+    return of_query, *(None for _ in range(ARRAYS - 1 + len(ctx.rest)))
+
+
+torch.library.register_autograd("tq_torch::attention", _backward, setup_context=_save, lib=_library)

@@ -1,10 +1,10 @@
 """Every operation in plain torch: runs on any device, and says in array terms what the kernels do."""
 
-from functools import cache, partial
+from functools import cache
 
 import torch
 
-from tqcore import fixed_point, paging
+from tqcore import fixed_point
 from tqcore import rotation as core_rotation
 from tqcore.fixed_point import (
     ABS_MASK,
@@ -17,7 +17,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import code_bits, pack, unpack
+from tqcore.packing import code_bits, pack, slots, unpack
 from tqcore.quantizer import Quantizer
 
 
@@ -35,8 +35,10 @@ def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return (x.double() @ matrix(quantizer, x.device)).float()
 
 
-def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
-    x = x.float()
+def compress(
+    x: torch.Tensor, quantizer: Quantizer, center: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.float() if center is None else x.float() - center
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
@@ -54,31 +56,24 @@ def compress(x: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
     return pack(indices, torch, quantizer.code_bits), torch.where(finite, length * power_of_two(e), float("nan"))
 
 
-def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    return unrotate(_centroids_at(codes, quantizer), quantizer) * norms[..., None]
+def append(codes, norms, x, center, starts, page_table, quantizer) -> None:
+    """Adds what differs from what is there, modulo 2^8 or 2^32: nothing where x has no place. Waits for no device."""
+    new = compress(x, quantizer, center)
+    batch, heads, steps = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape[:3])
+    row, slot, inside = slots(codes, starts, batch[:, None], steps[None, :], page_table, torch)
+    places, inside = (row[:, None, :], heads[:, None], slot[:, None, :]), inside[:, None, :]
+    for old, put in ((codes, new[0]), (norms.view(torch.int32), new[1].view(torch.int32))):
+        changes = torch.where(inside[..., None] if put.ndim == 4 else inside, put - old[places], 0)
+        old.index_put_(places, changes.to(old.dtype), accumulate=True)
+
+
+def decompress(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer, dtype, rotated) -> torch.Tensor:
+    directions = _centroids_at(codes, quantizer)
+    return ((directions if rotated else unrotate(directions, quantizer)) * norms[..., None]).to(dtype)
 
 
 def dequantize(codes: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return _centroids_at(codes, quantizer) * norms[..., None]
-
-
-def append(codes, norms, x, center, starts, page_table, quantizer):
-    """Writes into codes [B, K, S, P] and norms [B, K, S], or pools of pages; no size is 0.
-
-    What is not to be written takes place and value of something that is, and where there is nothing to write, one place
-    is written with what stands there: so no mask is read on the host.
-    """
-    x = x.float() if center is None else x.float() - center
-    page_table = None if page_table is None else page_table.long()
-    arange = partial(torch.arange, device=x.device)
-    places = paging.places(starts.long(), x.shape[2], page_table, codes.shape, arange, torch)
-    sequence, slot, written = (place.flatten() for place in places)
-    source = torch.where(written, arange(len(written)), written.int().argmax())
-    sequence = sequence[source].clamp(0, codes.shape[0] - 1)
-    slot = slot[source].clamp(0, codes.shape[2] - 1)
-    for target, values in zip((codes, norms), compress(x, quantizer), strict=True):
-        new = values.transpose(1, 2).flatten(0, 1)[source]
-        target[sequence, :, slot] = torch.where(written.any(), new, target[sequence, :, slot])
 
 
 def fused_qk_scores(q, codes, norms, words, scale):

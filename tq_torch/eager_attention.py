@@ -4,24 +4,25 @@ from functools import partial
 
 import torch
 
-from tq_torch import compress_ops, eager, ops
+from tq_torch import eager, ops
 from tqcore import softmax
 
 
 def attention(query, keys, values, kv_lengths, page_table, sinks, options):
-    """The arguments of `tqcore.softmax.attention`, `kv_lengths` [B] or None -> out of query's dtype, lse."""
-    if kv_lengths is None:
-        size = softmax.context_size(keys, page_table)
-        kv_lengths = torch.full(query.shape[:1], size, dtype=torch.int32, device=query.device)
-    library = softmax.Library(
+    """The arguments of `tqcore.softmax.attention` -> out of query's dtype, lse."""
+    library = library_of(query)
+    out, lse = softmax.attention(query, keys, values, kv_lengths, page_table, sinks, options, library)
+    return out.to(query.dtype), lse
+
+
+def library_of(query):
+    return softmax.Library(
         xp=torch,
         arange=partial(torch.arange, dtype=torch.int32, device=query.device),
         wide=torch.Tensor.float,
         matmul=eager.matmul,
         scores=partial(ops.packed_scores, implementation="eager"),
-        dequantize=compress_ops.dequantize,
+        dequantize=ops.dequantize,
         rotate=ops.rotate,
         unrotate=ops.unrotate,
     )
-    out, lse = softmax.attention(query, keys, values, kv_lengths, page_table, sinks, options, library)
-    return out.to(query.dtype), lse

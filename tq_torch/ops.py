@@ -1,13 +1,11 @@
 """The public operations: check, choose the implementation, call it through `torch.library`."""
 
 from functools import cache
-from os import PathLike
 
 import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import tqcore
 from tq_torch import eager
 from tqcore import center as center_of
 from tqcore import checks, fixed_point
@@ -38,13 +36,13 @@ def rotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
       ValueError: x has another dtype, or its last axis is not `quantizer.head_dim`.
     """
     checks.check_rotated(x, quantizer)
-    return torch.ops.tq_torch.rotate(x, *fields_of(quantizer), False)
+    return torch.ops.tq_torch.rotate(x, *_fields(quantizer), False)
 
 
 def unrotate(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """x = Rᵀ y, the inverse of `rotate`; the same arguments, result and errors."""
     checks.check_rotated(x, quantizer)
-    return torch.ops.tq_torch.rotate(x, *fields_of(quantizer), True)
+    return torch.ops.tq_torch.rotate(x, *_fields(quantizer), True)
 
 
 def fused_qk_scores(
@@ -76,8 +74,8 @@ def fused_qk_scores(
       scale: finite; usually 1/√D.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "eager" (any device with float64), "triton" (CUDA, 4 bits, D up to 256; on a CPU Triton's
-        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, 4 bits, D up to 256), or None: the first of gluon,
+      implementation: "eager" (any device with float64), "triton" (CUDA, 2 to 4 bits, D up to 256; on a CPU Triton's
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, 2 to 4 bits, D up to 256), or None: the first of gluon,
         triton and eager that can do the case on this device.
 
     Returns:
@@ -171,21 +169,6 @@ def rotary_center(
     return center_of.rotary(bias.float(), positions.float()[:, None] * turns, interleaved, torch)
 
 
-def from_dlpack(packed: PackedVectors) -> PackedVectors:
-    """The same vectors as torch tensors over the same memory, from any library that speaks DLPack."""
-    return packed.map(torch.from_dlpack)
-
-
-def save_file(packed: PackedVectors | dict[str, PackedVectors], path: str | PathLike) -> None:
-    """Writes packed vectors, or a dict of them by name; see `tqcore.save_file`."""
-    tqcore.save_file(_map_file(packed, lambda tensor: tensor.cpu().numpy()), path)
-
-
-def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
-    """Reads what `save_file` wrote, as CPU tensors; see `tqcore.load_file`."""
-    return _map_file(tqcore.load_file(path), torch.from_numpy)
-
-
 def packed_scores(query, keys, scale, implementation=None):
     """Scores of the codes and norms alone."""
     rotated, bits = rotate(query, keys.quantizer), keys.quantizer.code_bits
@@ -193,45 +176,51 @@ def packed_scores(query, keys, scale, implementation=None):
     return torch.ops.tq_torch.fused_qk_scores(rotated, keys.codes, keys.norms, None, bits, scale, implementation)
 
 
-def _map_file(packed, function):
-    if isinstance(packed, PackedVectors):
-        return packed.map(function)
-    return {name: vectors.map(function) for name, vectors in packed.items()}
+def dequantize(packed):
+    """norm · centroids[index] [..., S, D], not rotated back."""
+    quantizer = packed.quantizer
+    return torch.ops.tq_torch.dequantize(packed.codes, packed.norms, quantizer.head_dim, quantizer.code_bits)
 
 
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------
 
 NEEDS = {
-    "triton": "'triton' needs Triton, 4-bit codes of head_dim up to 256 and CUDA tensors, or TRITON_INTERPRET=1 in the "
-    "environment",
-    "gluon": "'gluon' needs Triton with Gluon, 4-bit codes of head_dim up to 256 and CUDA tensors on a Hopper device",
+    "triton": "'triton' needs Triton, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors, or "
+    "TRITON_INTERPRET=1 in the environment",
+    "gluon": "'gluon' needs Triton with Gluon, codes of 2 to 4 bits of head_dim up to 256 and CUDA tensors on a Hopper "
+    "device",
 }
 QUANTIZER = "int head_dim, int bits, str rotation, int seed, str norm"
-LIBRARY = torch.library.Library("tq_torch", "DEF")
-LIBRARY.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
-LIBRARY.define(
+_library = torch.library.Library("tq_torch", "DEF")
+_library.define(f"rotate(Tensor x, {QUANTIZER}, bool inverse) -> Tensor")
+_library.define("dequantize(Tensor codes, Tensor norms, int head_dim, int bits) -> Tensor")
+_library.define(
     "fused_qk_scores(Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, int? bits, "
     "float scale, str? implementation) -> Tensor"
 )
-LIBRARY.define(
+_library.define(
     "fused_qk_scores_backward(Tensor grad, Tensor q_rotated, Tensor packed_indices, Tensor norms, Tensor? centroids, "
     "int? bits, float scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def fields_of(quantizer):
+def _fields(quantizer):
     """What encodes the codes and norms, without a residual."""
     return quantizer.head_dim, quantizer.code_bits, quantizer.rotation, quantizer.seed, quantizer.norm
 
 
-def quantizer_of(head_dim, bits, rotation, seed, norm):
+def _quantizer(head_dim, bits, rotation, seed, norm):
     return Quantizer(head_dim, bits, rotation=rotation, seed=seed, norm=norm)
 
 
 def _rotate(x, *fields_and_inverse):
     *fields, inverse = fields_and_inverse
-    quantizer = quantizer_of(*fields)
+    quantizer = _quantizer(*fields)
     return eager.unrotate(x, quantizer) if inverse else eager.rotate(x, quantizer)
+
+
+def _dequantize(codes, norms, head_dim, bits):
+    return eager.dequantize(codes, norms, Quantizer(head_dim, bits))
 
 
 def _scores(q, codes, norms, centroids, bits, scale, implementation):
@@ -244,7 +233,7 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
     implementation = implementation or _fastest(q, width)
     if implementation == "eager":
         return eager.fused_qk_scores(q, codes, norms, words, scale)
-    if triton_call is None or width != 4 or not triton_call.can_do(implementation, q):
+    if triton_call is None or not triton_call.can_do(implementation, q, width):
         raise NotImplementedError(
             f"{NEEDS[implementation]}, got head_dim={head_dim}, bits={width} on {q.device}; 'eager' has no such need."
         )
@@ -253,10 +242,10 @@ def _scores(q, codes, norms, centroids, bits, scale, implementation):
 
 def _fastest(q, width):
     """The implementation for a caller who names none."""
-    if triton_call is None or width != 4 or not q.is_cuda:
+    if triton_call is None or not q.is_cuda:
         return "eager"
     preferred = ["gluon", "triton"] if gluon_is_tested() else ["triton"]
-    return next((name for name in preferred if triton_call.can_do(name, q)), "eager")
+    return next((name for name in preferred if triton_call.can_do(name, q, width)), "eager")
 
 
 def _score_gradients(grad, q, codes, norms, centroids, bits, scale):
@@ -267,23 +256,29 @@ def _score_gradients(grad, q, codes, norms, centroids, bits, scale):
 
 for _name, _function in (
     ("rotate", _rotate),
+    ("dequantize", _dequantize),
     ("fused_qk_scores", _scores),
     ("fused_qk_scores_backward", _score_gradients),
 ):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("tq_torch::rotate", lib=LIBRARY)
+@torch.library.register_fake("tq_torch::rotate", lib=_library)
 def _(x, *_):
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("tq_torch::fused_qk_scores", lib=LIBRARY)
+@torch.library.register_fake("tq_torch::dequantize", lib=_library)
+def _(codes, norms, head_dim, *_):
+    return norms.new_empty((*norms.shape, head_dim))
+
+
+@torch.library.register_fake("tq_torch::fused_qk_scores", lib=_library)
 def _(q, codes, *_):
     return q.new_empty((*q.shape[:3], codes.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake("tq_torch::fused_qk_scores_backward", lib=LIBRARY)
+@torch.library.register_fake("tq_torch::fused_qk_scores_backward", lib=_library)
 def _(grad, q, codes, norms, centroids, bits, scale):
     table = norms.new_empty(2**bits) if centroids is None else torch.empty_like(centroids)
     return torch.empty_like(q), torch.empty_like(norms), table
@@ -312,8 +307,8 @@ def _scores_backward(ctx, grad):
     return of_q, None, of_norms, None if centroids is None else of_table, None, None, None
 
 
-torch.library.register_autograd("tq_torch::rotate", _rotate_backward, setup_context=_save_rotation, lib=LIBRARY)
-torch.library.register_autograd("tq_torch::fused_qk_scores", _scores_backward, setup_context=_save_scores, lib=LIBRARY)
+torch.library.register_autograd("tq_torch::rotate", _rotate_backward, setup_context=_save_rotation, lib=_library)
+torch.library.register_autograd("tq_torch::fused_qk_scores", _scores_backward, setup_context=_save_scores, lib=_library)
 
 _WORDS = WeakTensorKeyDictionary()
 
@@ -327,6 +322,11 @@ def _table_words(centroids: torch.Tensor) -> torch.Tensor:
         checks.check_centroid_values(values)
         known = _WORDS[centroids] = version, _words_on(values, centroids.device)
     return known[1]
+
+
+def table_words(quantizer: Quantizer, device: torch.device) -> torch.Tensor:
+    """`ScoreTable.words` of a quantizer's codebook."""
+    return _codebook_words(quantizer.head_dim, quantizer.code_bits, device)
 
 
 @cache

@@ -6,14 +6,15 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from tqcore import tuning
-from tqcore.kernels import load, score_constants, stages
+from tqcore.kernels import load, lookup, score_constants, stages
+from tqcore.packing import code_bits
 
 INTERPRETED = not isinstance(load("triton"), JITFunction)  # TRITON_INTERPRET=1 when it was imported
 
 
-def can_do(implementation: str, q: torch.Tensor) -> bool:
-    """Whether a kernel takes queries of this device and head_dim."""
-    if q.shape[-1] > tuning.MAX_HEAD_DIM:
+def can_do(implementation: str, q: torch.Tensor, bits: int) -> bool:
+    """Whether a kernel takes queries of this device and head_dim, and codes of as many bits."""
+    if q.shape[-1] > tuning.MAX_HEAD_DIM or bits not in lookup.BITS:
         return False
     return _can_run_gluon(q.device) if implementation == "gluon" else q.is_cuda or INTERPRETED
 
@@ -29,7 +30,7 @@ def fused_qk_scores(
     config: tuning.ScoreConfig | None = None,
 ) -> torch.Tensor:
     batch, heads, length, head_dim = q.shape
-    kv_heads, keys = codes.shape[1:3]
+    kv_heads, keys, packed_dim = codes.shape[1:]
     rows, kv = heads // kv_heads * length, batch * kv_heads
     name = "gluon_long" if implementation == "gluon" and rows > tuning.LONG_ROWS else implementation
     config = config or tuning.score_config(name, rows, keys, kv, head_dim, _device_name(q.device))
@@ -38,7 +39,7 @@ def fused_qk_scores(
     norms = norms if norms.stride(2) == 1 else norms.contiguous()
     out = q.new_empty(batch, heads, length, keys, dtype=torch.float32)
     strides = codes.stride(0), codes.stride(1), norms.stride(0), norms.stride(1)
-    constants = score_constants(config, head_dim, words.shape[0] // 4, codes.stride(2))
+    constants = score_constants(config, head_dim, code_bits(packed_dim, head_dim), words.shape[0] // 4, codes.stride(2))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     sizes = (*strides, kv_heads, rows, keys, config.blocks)
     if name == "gluon_long":
@@ -49,7 +50,7 @@ def fused_qk_scores(
         )
         return out
     if name == "gluon":
-        constants["STAGES"] = stages(config, head_dim // 2, codes.data_ptr(), *codes.stride()[:3])
+        constants["STAGES"] = stages(config, packed_dim, codes.data_ptr(), *codes.stride()[:3])
     else:
         constants["PTX"] = not INTERPRETED and torch.version.hip is None
     programs_s, _, programs_r = config.grid(rows, keys, kv)
@@ -62,7 +63,7 @@ def _converted_queries(q, words, scale, rows, kv, constants):
     block_p, groups = constants["BLOCK_P"], tuning.ceil_div(rows, tuning.ROW_GROUP)
     planes = q.new_empty(kv, groups * tuning.ROW_GROUP, 2, 2 * block_p, dtype=torch.int8)
     factor = q.new_empty(kv, groups * tuning.ROW_GROUP, dtype=torch.float32)
-    shape = {name: constants[name] for name in ("D", "PLANES", "BLOCK_P")}
+    shape = {name: constants[name] for name in ("D", "BITS", "PLANES", "BLOCK_P")}
     load("gluon_queries")[(groups * kv,)](
         q, words, scale, planes, factor, rows, **shape, num_warps=1, enable_fp_fusion=False
     )
@@ -75,12 +76,12 @@ def _device_name(device: torch.device) -> str | None:
 
 
 @cache
-def _can_run_gluon(device: torch.device) -> bool:
-    """A Hopper device, and a Triton whose Gluon is the one that the kernel is written in."""
+def _can_run_gluon(device: torch.device, name: str = "gluon_long") -> bool:
+    """A Hopper device, and a Triton whose Gluon is the one that the kernel of that name is written in."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        load("gluon_long")
+        load(name)
     except ImportError:
         return False
     return True

@@ -5,6 +5,7 @@ G = H // K · D head_dim · P packed bytes per vector · L entries of a table. A
 queries [B, H, T, D], codes [B, K, S, P], norms [B, K, S], scores [B, H, T, S].
 """
 
+from tqcore.cache import KVCache, from_dlpack
 from tqcore.codebook import Codebook
 from tqcore.file import load_file, save_file
 from tqcore.quantizer import PackedVectors, Quantizer
@@ -13,7 +14,6 @@ from tqcore.reference import (
     attention_scores,
     compress,
     decompress,
-    from_dlpack,
     fused_qk_scores,
     key_center,
     rotary_center,
@@ -24,6 +24,7 @@ from tqcore.version import __version__
 
 __all__ = [
     "Codebook",
+    "KVCache",
     "PackedVectors",
     "Quantizer",
     "__version__",

@@ -124,29 +124,34 @@ def check_vectors(x: Any, quantizer: Any, center: Any = None) -> None:
 
 
 def check_append(packed, x, starts, page_table) -> None:
-    """The arguments of `append`; starts and page numbers may have any values."""
+    """The arguments of `append`. Values of starts and page numbers are never wrong: they say what is written."""
     check_packed("packed", packed)
     check_array("packed.codes", packed.codes, "[B, K, S, P]" if page_table is None else "[N, K, page, P]", ("uint8",))
-    if packed.residual is not None:
-        raise ValueError("`packed` must be without a residual where it is written to, got qjl=True.")
+    check_array("x", x, "[B, K, T, D]", FLOATS)
     _check_width("x", x, "[B, K, T, D]", packed.quantizer)
-    (batch, heads), (sequences, kv_heads) = x.shape[:2], packed.codes.shape[:2]
-    if heads != kv_heads:
-        raise ValueError(f"`x` and `packed` must have the same heads, got {heads} and {kv_heads} heads.")
+    if packed.residual is not None:
+        raise ValueError("`packed` must have no residual to be appended to, got vectors with qjl=True.")
+    (batch, kv_heads), (sequences, held) = x.shape[:2], packed.codes.shape[:2]
+    if kv_heads != held:
+        raise ValueError(f"`x` and `packed` must have one number of heads, got {kv_heads} and {held}.")
     if page_table is None and batch != sequences:
         raise ValueError(f"`x` and `packed` must have one batch size, got {batch} and {sequences}.")
-    _check_axes("starts", starts, "[B]", "int32", "batch size of `x`", batch)
+    check_axes("starts", starts, "[B]", "int32", "batch size of `x`", batch)
     if page_table is not None:
-        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `x`", batch)
-    center = None if packed.center is None else tuple(packed.center.shape)
-    if center is not None and center[-2] != 1:
-        raise ValueError(
-            f"`packed.center` must have an S axis of 1 where `packed` is written to, got shape {list(center)}."
-        )
-    if center is not None and page_table is not None and len(center) == 4 and center[0] != 1:
-        raise ValueError(
-            f"`packed.center` must be the same for all pages where they are written to, got shape {list(center)}."
-        )
+        check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `x`", batch)
+    if packed.center is not None:
+        axes = (1,) * (4 - len(packed.center.shape)) + tuple(packed.center.shape)
+        if axes[2] != 1 or (page_table is not None and axes[0] != 1):
+            raise ValueError(
+                "`packed.center` must be one for all positions, and in a pool for all pages, "
+                f"got shape {list(packed.center.shape)}."
+            )
+
+
+def check_decompress(packed: Any, dtype: Any, rotated: Any) -> None:
+    check_packed("packed", packed)
+    check_dtype(dtype)
+    check_flag("rotated", rotated)
 
 
 def check_keys(keys: Any) -> None:
@@ -173,7 +178,7 @@ def check_rotated(x: Any, quantizer: Any) -> None:
 def check_packed(name: str, packed: Any) -> None:
     if not all(hasattr(packed, field) for field in ("codes", "norms", "quantizer", "center", "residual")):
         raise ValueError(f"`{name}` must be PackedVectors, got an object of type {type(packed).__name__}.")
-    _check_quantizer(f"{name}.quantizer", packed.quantizer)
+    check_quantizer(f"{name}.quantizer", packed.quantizer)
     check_array(f"{name}.codes", packed.codes, "[..., S, P]", ("uint8",))
     check_array(f"{name}.norms", packed.norms, "[..., S]", ("float32",))
     head_dim, bits = packed.quantizer.head_dim, packed.quantizer.code_bits
@@ -261,13 +266,13 @@ def check_attention(query, keys, values, kv_lengths, page_table, sinks) -> None:
     if page_table is None and batch != sequences:
         raise ValueError(f"`query` and `keys` must have one batch size, got {batch} and {sequences}.")
     if page_table is not None:
-        _check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `query`", batch)
+        check_axes("page_table", page_table, "[B, M]", "int32", "batch size of `query`", batch)
         if 0 in (sequences, page):
             raise ValueError(f"`keys` must hold at least one page and position, got shape {list(keys.shape)}.")
     if kv_lengths is not None:
-        _check_axes("kv_lengths", kv_lengths, "[B]", "int32", "batch size of `query`", batch)
+        check_axes("kv_lengths", kv_lengths, "[B]", "int32", "batch size of `query`", batch)
     if sinks is not None:
-        _check_axes("sinks", sinks, "[H]", "float32", "heads of `query`", heads)
+        check_axes("sinks", sinks, "[H]", "float32", "heads of `query`", heads)
 
 
 def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap, num_splits) -> None:
@@ -276,7 +281,7 @@ def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap
         check_scale(scale)
     check_flag("is_causal", is_causal)
     window = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
-    if local_window_size is not None and not (len(window) == 2 and all(_is_count(x) for x in window)):
+    if local_window_size is not None and not (len(window) == 2 and all(is_count(x) for x in window)):
         raise ValueError(
             "`local_window_size` must be None, an integer of at least 0 or a pair (left, right) of them, "
             f"got {local_window_size!r}."
@@ -284,7 +289,7 @@ def check_attention_options(scale, is_causal, local_window_size, logits_soft_cap
     cap = logits_soft_cap
     if cap is not None and not (isinstance(cap, int | float | np.number) and 0 < cap <= FLOAT32_MAX):
         raise ValueError(f"`logits_soft_cap` must be None or a positive number within float32, got {cap!r}.")
-    if num_splits is not None and not (_is_count(num_splits) and num_splits > 0):
+    if num_splits is not None and not (is_count(num_splits) and num_splits > 0):
         raise ValueError(f"`num_splits` must be None or an integer of at least 1, got {num_splits!r}.")
 
 
@@ -325,11 +330,11 @@ def check_flag(name: str, flag: Any) -> None:
         raise ValueError(f"`{name}` must be True or False, got {flag!r}.")
 
 
-def _is_count(x: Any) -> bool:
+def is_count(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) >= 0
 
 
-def _check_axes(name: str, array: Any, axes: str, dtype: str, what: str, size: int) -> None:
+def check_axes(name: str, array: Any, axes: str, dtype: str, what: str, size: int) -> None:
     """Rank and dtype, and a first axis of `size`."""
     check_array(name, array, axes, (dtype,))
     if array.shape[0] != size:
@@ -347,7 +352,7 @@ def _check_query_width(query: Any, keys: Any) -> None:
 def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
     """Floats whose last axis is the quantizer's head_dim."""
     check_array(name, x, axes, FLOATS)
-    _check_quantizer("quantizer", quantizer)
+    check_quantizer("quantizer", quantizer)
     if not x.shape or x.shape[-1] != quantizer.head_dim:
         raise ValueError(
             f"the last axis of `{name}` must be the quantizer's head_dim, "
@@ -355,7 +360,7 @@ def _check_width(name: str, x: Any, axes: str, quantizer: Any) -> None:
         )
 
 
-def _check_quantizer(name: str, quantizer: Any) -> None:
+def check_quantizer(name: str, quantizer: Any) -> None:
     if not hasattr(quantizer, "head_dim"):
         raise ValueError(f"`{name}` must be a Quantizer, got an object of type {type(quantizer).__name__}.")
 

@@ -2,7 +2,8 @@
 
 The arrays of the PackedVectors named "layer" are "layer.codes" and "layer.norms", "layer.center" where it has one, and
 "layer.residual_codes" and "layer.residual_norms" where its quantizer has qjl=True. A single PackedVectors has the empty
-name, and its arrays are stored as "codes", "norms" and so on.
+name, and its arrays are stored as "codes", "norms" and so on. A KVCache named "layer" is the PackedVectors "layer.keys"
+and "layer.values", and the arrays "layer.lengths" and so on by the names of its fields; a single one has no name.
 """
 
 import json
@@ -15,38 +16,50 @@ from typing import Any
 
 import numpy as np
 
-from tqcore import checks
+from tqcore import cache_checks, checks
+from tqcore.cache import KVCache
+from tqcore.cache_config import CacheConfig
 from tqcore.packing import pack, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 
 FORMAT = "turboquant"
 VERSION = "2"
+CACHED = ("keys", "values")
 READABLE = ("1", "2")  # in version 1, indices of every width lie in four bits
 
 
-def save_file(packed: PackedVectors | Mapping[str, PackedVectors], path: str | PathLike) -> None:
-    """Writes packed vectors, or a dict of them by name, to `path`.
+def save_file(packed: PackedVectors | KVCache | Mapping[str, PackedVectors | KVCache], path: str | PathLike) -> None:
+    """Writes packed vectors or a cache, or a dict of them by name, to `path`.
 
     Raises:
-      ValueError: codes and norms do not match their quantizer, or a name is empty.
+      ValueError: codes and norms do not match their quantizer, arrays of a cache do not fit, or a name is empty.
     """
     from safetensors.numpy import save_file as save
 
-    named = {"": packed} if isinstance(packed, PackedVectors) else dict(packed)
-    if not isinstance(packed, PackedVectors) and "" in named:
+    named = dict(packed) if isinstance(packed, Mapping) else {"": packed}
+    if isinstance(packed, Mapping) and "" in named:
         raise ValueError("names of packed vectors must not be empty, got ''.")
-    arrays = {}
-    for name, vectors in named.items():
-        checks.check_packed(name or "packed", vectors)
-        arrays |= {_array_name(name, part): np.ascontiguousarray(x) for part, x in _parts(vectors).items()}
-    quantizers = {name: _fields(vectors.quantizer) for name, vectors in named.items()}
-    centered = [name for name, vectors in named.items() if vectors.center is not None]
+    arrays, vectors, caches = {}, {}, {}
+    for name, held in named.items():
+        if not isinstance(held, KVCache):
+            vectors[name] = held
+            continue
+        cache_checks.check_cache(name or "cache", held)
+        vectors |= {_array_name(name, part): getattr(held, part) for part in CACHED}
+        arrays |= {_array_name(name, part): _bits(x) for part, x in held.arrays().items()}
+        caches[name] = {"arrays": sorted(held.arrays()), **_fields(held.config)}
+    for name, held in vectors.items():
+        checks.check_packed(name or "packed", held)
+        arrays |= {_array_name(name, part): np.ascontiguousarray(x) for part, x in _parts(held).items()}
+    quantizers = {name: _fields(held.quantizer) for name, held in vectors.items()}
+    centered = [name for name, held in vectors.items() if held.center is not None]
     metadata = {"quantizers": json.dumps(quantizers), "centered": json.dumps(centered)}
+    metadata |= {"caches": json.dumps(caches)} if caches else {}
     metadata |= {"format": FORMAT, "version": VERSION}
     save(arrays, path, metadata)
 
 
-def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
+def load_file(path: str | PathLike) -> PackedVectors | KVCache | dict[str, PackedVectors | KVCache]:
     """Reads what `save_file` wrote.
 
     Raises:
@@ -62,7 +75,7 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file, got: {error}.") from error
-    quantizers, centered = _read_metadata(path, metadata)
+    quantizers, centered, caches = _read_metadata(path, metadata)
     parts = {
         name: ["codes", "norms"]
         + ["center"] * (name in centered)
@@ -70,12 +83,15 @@ def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
         for name, quantizer in quantizers.items()
     }
     wanted = {_array_name(name, part) for name, known in parts.items() for part in known}
+    wanted |= {_array_name(name, part) for name, (held, _) in caches.items() for part in held}
     if wanted != set(arrays):
         raise ValueError(f"{path} must hold the arrays {sorted(wanted)}, got {sorted(arrays)}.")
     packed = {}
     for name, quantizer in quantizers.items():
         packed[name] = _packed({part: arrays[_array_name(name, part)] for part in parts[name]}, quantizer, metadata)
         checks.check_packed(name or "packed", packed[name])
+    for name, (held, described) in caches.items():
+        packed[name] = _cache(name, {part: arrays[_array_name(name, part)] for part in held}, described, packed)
     return packed.get("", packed)
 
 
@@ -131,13 +147,29 @@ def _packed(parts: Mapping[str, np.ndarray], quantizer: Quantizer, metadata: Map
     return PackedVectors(codes, parts["norms"], quantizer, parts.get("center"), residual)
 
 
+def _cache(name: str, arrays: Mapping[str, np.ndarray], described: Mapping[str, Any], packed: dict) -> KVCache:
+    """The cache `name`, whose keys and values leave `packed`."""
+    keys, values = (packed.pop(_array_name(name, part)) for part in CACHED)
+    config = CacheConfig(keys.quantizer, values.quantizer, **described)
+    absent = dict.fromkeys(KVCache.ARRAYS)
+    cache = KVCache(keys, values, config=config, **(absent | dict(arrays)))
+    cache_checks.check_cache(name or "cache", cache)
+    return cache
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16, since NumPy has no type of its own for it."""
+    return np.ascontiguousarray(array.view(np.uint16) if array.dtype.name == "bfloat16" else array)
+
+
 def _array_name(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
-def _fields(quantizer: Quantizer) -> dict[str, Any]:
-    """The arguments that make it again."""
-    return {field.name: getattr(quantizer, field.name) for field in fields(quantizer) if field.init}
+def _fields(described: Quantizer | CacheConfig) -> dict[str, Any]:
+    """The arguments that make it again, but for quantizers."""
+    named = {field.name: getattr(described, field.name) for field in fields(described) if field.init}
+    return {name: value for name, value in named.items() if not isinstance(value, Quantizer)}
 
 
 def _check_version(path: str | PathLike, metadata: Mapping[str, str]) -> None:
@@ -149,15 +181,25 @@ def _check_version(path: str | PathLike, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _read_metadata(path: str | PathLike, metadata: Mapping[str, str]) -> tuple[dict[str, Quantizer], list[str]]:
-    """The quantizers by name, and the names of vectors with a center."""
+def _read_metadata(path: str | PathLike, metadata: Mapping[str, str]) -> tuple[dict[str, Quantizer], list[str], dict]:
+    """The quantizers by name, the names of vectors with a center, and the arrays and the configuration of caches."""
     missing = {"norm": "plain"} if metadata["version"] == "1" else {}
-    text, centered = metadata["quantizers"], metadata.get("centered", "[]")
+    text, centered, cached = metadata["quantizers"], metadata.get("centered", "[]"), metadata.get("caches", "{}")
     try:
         quantizers = {name: Quantizer(**(missing | described)) for name, described in json.loads(text).items()}
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} must describe its quantizers in JSON, got {text!r}.") from error
     try:
-        return quantizers, [name for name in json.loads(centered) if name in quantizers]
+        named = [name for name in json.loads(centered) if name in quantizers]
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} must list in JSON which vectors have a center, got {centered!r}.") from error
+    try:
+        caches = {name: (described.pop("arrays"), described) for name, described in json.loads(cached).items()}
+        for name, (held, described) in caches.items():
+            if not set(held) <= set(KVCache.ARRAYS):
+                raise TypeError
+            keys, values = (quantizers[_array_name(name, part)] for part in CACHED)
+            CacheConfig(keys, values, **described)
+    except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must describe its caches in JSON, got {cached!r}.") from error
+    return quantizers, named, caches

@@ -41,6 +41,31 @@ def code_bits(packed_dim: int, head_dim: int) -> int:
     return 8 * packed_dim // head_dim
 
 
+def slots(codes: Any, starts: Any, batch: Any, steps: Any, page_table: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """Where `append` puts x[b, :, t]: the index along the first axis, that along S, and whether there is such a place.
+
+    Args:
+      codes: [B, K, S, P], or a pool [N, K, page, P].
+      starts: [B] int32.
+      batch, steps: 0, 1, … as [B, 1] and [1, T] int32.
+      page_table: [B, M] int32 or None.
+
+    Returns:
+      Three arrays [B, T]; the first two are 0 where the third is False.
+    """
+    rows, _, size = codes.shape[:3]
+    pages = 1 if page_table is None else page_table.shape[1]
+    position = starts[:, None] + steps
+    row = batch + 0 * steps
+    inside = (position >= 0) & (position < pages * size) & (rows > 0)
+    position = xp.where(inside, position, 0)
+    if page_table is not None and pages * size:
+        row = page_table[row, position // size]
+        inside = inside & (row >= 0) & (row < rows)
+        position = position % size
+    return xp.where(inside, row, 0), xp.where(inside, position, 0), inside
+
+
 def _join(fields: Any, order: Sequence[int]) -> Any:
     """Bytes of len(order) fields each, the highest that of coordinate order[0]."""
     count = len(order)

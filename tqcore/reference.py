@@ -4,11 +4,13 @@ Scores are exact: each backend returns the bits that `fused_qk_scores` returns h
 follows a softmax agree within a tolerance.
 """
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tqcore import center as center_of
-from tqcore import checks, paging
+from tqcore import checks
 from tqcore.fixed_point import (
     INFINITY_BITS,
     MIN_EXPONENT_BITS,
@@ -22,7 +24,7 @@ from tqcore.fixed_point import (
     tree_sum,
     unit,
 )
-from tqcore.packing import pack, unpack
+from tqcore.packing import pack, slots, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import rotate, unrotate
 
@@ -61,9 +63,48 @@ def compress(
             x = x - center
         codes, norms = _encode(x, quantizer)
         if quantizer.residual is not None:
-            rest = x - _decode(PackedVectors(codes, norms, quantizer))
+            rest = x - _decode(codes, norms, quantizer)
             residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
     return PackedVectors(codes, norms, quantizer, center, residual)
+
+
+def append(
+    packed: PackedVectors,
+    x: NDArray,
+    starts: NDArray[np.int32],
+    *,
+    page_table: NDArray[np.int32] | None = None,
+    implementation: str | None = None,
+) -> PackedVectors:
+    """Compresses vectors into their places of a cache: x[b, :, t] goes to position starts[b] + t of sequence b.
+
+    Codes and norms are those of `compress(x, packed.quantizer, center=packed.center)`. A position outside 0 to S - 1
+    is not written, nor is one on a page that does not exist: a start of -T or less leaves its sequence alone.
+
+    Args:
+      packed: PackedVectors [B, K, S, D], S the capacity, or a pool [N, K, page, D]. A center has an S axis of 1, in a
+        pool a first axis of 1 too, and is subtracted from x. No residual.
+      x: [B, K, T, D] float32, bfloat16 or float16.
+      starts: [B] int32.
+      page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
+        sequences may write to one place.
+      implementation: "numpy" or None.
+
+    Returns:
+      PackedVectors: `packed`, whose arrays were written to.
+
+    Raises:
+      ValueError: an argument does not fit.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_append(packed, x, starts, page_table)
+    new = compress(x, packed.quantizer, center=packed.center)
+    batch, steps = np.arange(x.shape[0], dtype=np.int32)[:, None], np.arange(x.shape[2], dtype=np.int32)[None, :]
+    row, slot, inside = slots(packed.codes, starts, batch, steps, page_table, np)
+    b, t = np.nonzero(inside)
+    packed.codes[row[b, t], :, slot[b, t]] = new.codes[b, :, t]
+    packed.norms[row[b, t], :, slot[b, t]] = new.norms[b, :, t]
+    return packed
 
 
 def decompress(
@@ -74,7 +115,7 @@ def decompress(
     Args:
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
-      rotated: whether R x̂ is returned instead, which leaves out rotating back.
+      rotated: leaves R x̂, all of it, in place of x̂.
       implementation: "numpy" or None.
 
     Returns:
@@ -84,54 +125,15 @@ def decompress(
       ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_packed("packed", packed)
-    checks.check_dtype(dtype)
-    checks.check_flag("rotated", rotated)
-    quantizer, parts = packed.quantizer, []
-    if packed.residual is not None:
-        parts.append(_decode(packed.residual))
+    checks.check_decompress(packed, dtype, rotated)
+    quantizer, residual = packed.quantizer, packed.residual
+    turn = partial(rotate, quantizer=quantizer) if rotated else np.asarray
+    vectors = (_centroids_at if rotated else _directions)(packed.codes, quantizer) * packed.norms[..., None]
+    if residual is not None:
+        vectors = vectors + turn(_decode(residual.codes, residual.norms, residual.quantizer))
     if packed.center is not None:
-        parts.append(packed.center)
-    vectors = dequantize(packed) if rotated else _decode(packed)
-    for part in parts:
-        vectors = vectors + (rotate(part, quantizer) if rotated else part)
+        vectors = vectors + turn(packed.center)
     return vectors.astype(checks.dtype_name(dtype))
-
-
-def append(
-    packed: PackedVectors,
-    x: NDArray,
-    starts: NDArray,
-    *,
-    page_table: NDArray | None = None,
-    implementation: str | None = None,
-) -> PackedVectors:
-    """Compresses vectors into a cache: what `compress` makes of x[b,:,t] goes to position starts[b] + t of sequence b.
-
-    A position outside 0 to S - 1, or in a page outside the pool, is not written: a start of -T leaves a sequence alone.
-    Of two vectors that go to one place, as where sequences share a page, either stays.
-
-    Args:
-      packed: PackedVectors [B, K, S, D] without a residual, S the capacity; a center has an S axis of 1.
-      x: [B, K, T, D] float32, bfloat16 or float16.
-      starts: [B] int32, any values.
-      page_table: [B, M] int32. `packed` is then a pool [N, K, page, D] whose center is the same for all pages, and
-        position s of sequence b is in page page_table[b, s // page]; S is M · page.
-      implementation: "numpy" or None.
-
-    Returns:
-      `packed`, whose codes and norms are written in place.
-
-    Raises:
-      ValueError: an argument does not fit; starts and page numbers out of range are no error.
-    """
-    checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_append(packed, x, starts, page_table)
-    new = compress(x, packed.quantizer, center=packed.center)
-    sequence, slot, written = paging.places(starts, x.shape[2], page_table, packed.codes.shape, np.arange, np)
-    for cache, values in ((packed.codes, new.codes), (packed.norms, new.norms)):
-        cache[sequence[written], :, slot[written]] = values.swapaxes(1, 2)[written]
-    return packed
 
 
 def fused_qk_scores(
@@ -260,11 +262,6 @@ def rotary_center(bias: NDArray, positions: NDArray, *, theta: float = 10_000.0,
     return center_of.rotary(bias.astype(np.float32), angles, interleaved, np)
 
 
-def from_dlpack(packed: PackedVectors) -> PackedVectors:
-    """The same vectors as NumPy arrays over the same memory, from any library that speaks DLPack on the CPU."""
-    return packed.map(np.from_dlpack)
-
-
 def _encode(x: NDArray[np.float32], quantizer: Quantizer) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Codes and norms, without a residual."""
     bits = magnitude_bits(x)
@@ -284,18 +281,18 @@ def _encode(x: NDArray[np.float32], quantizer: Quantizer) -> tuple[NDArray[np.ui
     return pack(indices, np, quantizer.code_bits), np.where(finite, length * power_of_two(e), np.float32(np.nan))
 
 
-def _decode(packed: PackedVectors) -> NDArray[np.float32]:
+def _decode(codes: NDArray[np.uint8], norms: NDArray[np.float32], quantizer: Quantizer) -> NDArray[np.float32]:
     """norm · Rᵀ centroids[index]."""
-    return unrotate(_centroids_at(packed), packed.quantizer) * packed.norms[..., None]
+    return _directions(codes, quantizer) * norms[..., None]
 
 
-def dequantize(packed: PackedVectors) -> NDArray[np.float32]:
-    """norm · centroids[index] [..., S, D], not rotated back."""
-    return _centroids_at(packed) * packed.norms[..., None]
+def _directions(codes: NDArray[np.uint8], quantizer: Quantizer) -> NDArray[np.float32]:
+    """Rᵀ centroids[index]."""
+    return unrotate(_centroids_at(codes, quantizer), quantizer)
 
 
-def _centroids_at(packed):
-    return packed.quantizer.codebook.centroids[unpack(packed.codes, np, packed.quantizer.code_bits)]
+def _centroids_at(codes: NDArray[np.uint8], quantizer: Quantizer) -> NDArray[np.float32]:
+    return quantizer.codebook.centroids[unpack(codes, np, quantizer.code_bits)]
 
 
 def packed_scores(query: NDArray, keys: PackedVectors, scale: float) -> NDArray[np.float32]:

@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 
 from tqcore import center as center_of
-from tqcore import checks
+from tqcore import checks, tuning
 from tqcore.quantizer import PackedVectors
 
+KERNEL_BITS, KERNEL_DIM = (2, 3, 4), tuning.MAX_HEAD_DIM  # what kernels take: bits of an index, largest D
+KERNEL_NEEDS = (
+    f"codes of 2, 3 or 4 bits, head_dim up to {KERNEL_DIM}, no residual signs, and centers with an S axis of 1, alike "
+    "on all pages and, for keys, without a soft cap"
+)
 UNBOUNDED = 2**30  # a window that reaches past any context; sums with it stay within int32
 
 
@@ -108,10 +113,7 @@ def attention(
     """
     xp, size = library.xp, context_size(keys, page_table)
     positions = library.arange(size)
-    used = used_positions(kv_lengths, query.shape[2], positions, options)
-    if page_table is not None:
-        keys, values = _gathered(keys, values, page_table, used, xp)
-    keys, values = (_blanked(packed, used[:, None], xp) for packed in (keys, values))
+    keys, values = seen_alone(keys, values, kv_lengths, page_table, query.shape[2], options, library)
     visible = visible_positions(kv_lengths, library.arange(query.shape[2]), positions, options)
     logits, shift = _logits(query, keys, options, library)
     out, lse = _attend(logits, _rotated_values(values, library), visible[:, None], options.num_splits or 1, library)
@@ -119,15 +121,67 @@ def attention(
     if shift is not None:
         lse = lse + shift[..., 0]
     if sinks is not None:
-        out, lse = merge(out, lse, xp.zeros_like(out), library.wide(sinks)[:, None], xp)
+        out, lse = _with_sinks(out, lse, sinks, library)
     fits = ((kv_lengths >= 0) & (kv_lengths <= size))[:, None, None]
     return xp.where(fits[..., None], out, math.nan), xp.where(fits, lse, math.nan)
 
 
-def visible_positions(lengths: Any, steps: Any, positions: Any, options: Options) -> Any:
-    """Which of `positions` [S] the queries of `steps` [T] see -> [B, 1 or T, S]: query t stands at length - T + t."""
+def seen_alone(keys, values, kv_lengths, page_table, steps, options, library):
+    """Keys and values [B, K, S, D] without pages, zeros where no query sees them."""
+    used = used_positions(kv_lengths, steps, library.arange(context_size(keys, page_table)), options)
+    if page_table is not None:
+        keys, values = gathered(keys, values, page_table, used, library.xp)
+    return tuple(_blanked(packed, used[:, None], library.xp) for packed in (keys, values))
+
+
+def with_centers(out, lse, query, keys, values, sinks, options, library):
+    """Output and log-sum-exp of keys and values less their centers, which do not vary along S -> those with them.
+
+    Args:
+      out, lse: in the dtype of the work, of attention without sinks.
+      query, keys, values, sinks, options, library: as in `attention`.
+    """
+    if keys.center is not None:
+        lse = lse + _shift(query, keys, options, library)[..., 0]
+    if values.center is not None:
+        batch, kv_heads = len(lse), keys.codes.shape[1]
+        center = library.xp.broadcast_to(library.wide(values.center), (batch, kv_heads, 1, out.shape[-1]))
+        with_center = out.reshape(batch, kv_heads, -1, out.shape[-1]) + center
+        out = library.xp.where((lse == -math.inf)[..., None], out, with_center.reshape(out.shape))
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks, library)
+
+
+def kernels_take(keys: PackedVectors, values: PackedVectors, page_table: Any, options: Options) -> bool:
+    """Whether kernels can: codes of their bits, no residuals, and centers that `with_centers` can add.
+
+    Such a center varies neither along S nor from page to page, and moves no logits that are then capped.
+    """
+    centers = [packed.center for packed in (keys, values) if packed.center is not None]
+    constant = all(center.shape[-2] == 1 and (page_table is None or not _varies(center)) for center in centers)
+    plain = all(
+        packed.residual is None and quantizer.code_bits in KERNEL_BITS and quantizer.head_dim <= KERNEL_DIM
+        for packed, quantizer in ((keys, keys.quantizer), (values, values.quantizer))
+    )
+    return plain and constant and (keys.center is None or options.soft_cap is None)
+
+
+def kernels_got(keys: PackedVectors, values: PackedVectors, options: Options) -> str:
+    """What of the arguments `kernels_take` looks at."""
+    bits, qjl = ([getattr(x.quantizer, name) for x in (keys, values)] for name in ("code_bits", "qjl"))
+    centers = ["none" if x.center is None else list(x.center.shape) for x in (keys, values)]
+    return (
+        f"head_dim={keys.quantizer.head_dim}, bits={bits}, qjl={qjl}, centers {centers[0]} and {centers[1]}, "
+        f"logits_soft_cap={options.soft_cap}"
+    )
+
+
+def visible_positions(lengths: Any, steps: Any, positions: Any, options: Options, count: int | None = None) -> Any:
+    """Which of `positions` [S] the queries of `steps` see -> [B, 1 or T, S]: query t stands at length - T + t.
+
+    T is `count`, or None where `steps` are all.
+    """
     lengths = lengths[:, None, None]
-    query = lengths - steps.shape[0] + steps[:, None]
+    query = lengths - (steps.shape[0] if count is None else count) + steps[:, None]
     visible = positions < lengths
     if options.is_causal:
         visible = visible & (positions <= query)
@@ -154,6 +208,10 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, xp: Any) -> tuple[Any,
     return sum(parts), lse
 
 
+def _with_sinks(out, lse, sinks, library):
+    return merge(out, lse, library.xp.zeros_like(out), library.wide(sinks)[:, None], library.xp)
+
+
 def _total(total, peak, xp):
     """A sum of powers that can be divided by, and peak + log of the sum, -inf where that is 0."""
     none = total == 0
@@ -162,14 +220,14 @@ def _total(total, peak, xp):
 
 
 def _attend(logits, vectors, visible, num_splits, library):
-    """`_attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
+    """`attend_part` over `num_splits` parts of S, merged; S stays a symbol where there is one part."""
     if num_splits == 1:
-        return _attend_part(logits, vectors, visible, library)
+        return attend_part(logits, vectors, visible, library)
     size = max(1, -(-logits.shape[-1] // num_splits))
 
     def part(start):
         at = slice(start, start + size)
-        return _attend_part(logits[..., at], vectors[:, :, at], visible[..., at], library)
+        return attend_part(logits[..., at], vectors[:, :, at], visible[..., at], library)
 
     out, lse = part(0)
     for start in range(size, logits.shape[-1], size):
@@ -177,7 +235,7 @@ def _attend(logits, vectors, visible, num_splits, library):
     return out, lse
 
 
-def _attend_part(logits, vectors, visible, library):
+def attend_part(logits, vectors, visible, library):
     """logits [B, H, T, S], vectors [B, K, S, D], visible [B, 1, 1 or T, S] -> out [B, H, T, D], lse [B, H, T]."""
     xp, (batch, heads, steps, size) = library.xp, logits.shape
     logits = xp.where(visible, logits, -math.inf)
@@ -197,13 +255,18 @@ def _logits(query, keys, options, library):
         logits = logits + library.scores(query, keys.residual, options.scale)
     shift = None
     if keys.center is not None:
-        center = library.wide(keys.center)
-        shift = center_of.scores(library.wide(query), center, options.scale, keys.codes.shape[1], library.matmul)
-        if center.shape[-2] != 1 or options.soft_cap is not None:
+        shift = _shift(query, keys, options, library)
+        if keys.center.shape[-2] != 1 or options.soft_cap is not None:
             logits, shift = logits + shift, None
     if options.soft_cap is not None:
         logits = library.xp.tanh(logits / options.soft_cap) * options.soft_cap
     return logits, shift
+
+
+def _shift(query, keys, options, library):
+    """What the center adds to logits, [B, H, T, 1 or S]."""
+    center = library.wide(keys.center)
+    return center_of.scores(library.wide(query), center, options.scale, keys.codes.shape[1], library.matmul)
 
 
 def _rotated_values(values, library):
@@ -226,7 +289,7 @@ def _blanked(packed, used, xp):
     return replace(packed, norms=xp.where(used, packed.norms, 0.0), center=center, residual=residual)
 
 
-def _gathered(keys, values, page_table, used, xp):
+def gathered(keys, values, page_table, used, xp):
     """Keys and values [B, K, M·page, D] of the pools; a used page that does not exist has keys of norm NaN."""
     (batch, pages), (pool, kv_heads, page) = page_table.shape, keys.codes.shape[:3]
     numbers = xp.clip(page_table, 0, pool - 1)
@@ -239,7 +302,7 @@ def _gathered(keys, values, page_table, used, xp):
 
     def vectors(packed):
         center = packed.center
-        if center is not None and (center.shape[-2] != 1 or (center.ndim > 3 and center.shape[0] != 1)):
+        if center is not None and _varies(center):
             center = take(xp.broadcast_to(center, packed.shape))
         residual = None if packed.residual is None else packed.residual.map(take)
         return PackedVectors(take(packed.codes), take(packed.norms), packed.quantizer, center, residual)
@@ -247,3 +310,8 @@ def _gathered(keys, values, page_table, used, xp):
     keys = vectors(keys)
     norms = xp.where(missing.reshape(batch, kv_heads, pages * page), math.nan, keys.norms)
     return replace(keys, norms=norms), vectors(values)
+
+
+def _varies(center):
+    """Whether a pool's center differs from position to position, or from page to page."""
+    return center.shape[-2] != 1 or (center.ndim > 3 and center.shape[0] != 1)

@@ -7,16 +7,14 @@ import jax
 
 from tqcore import Codebook, PackedVectors, Quantizer, __version__
 from tqjax.attention_ops import attention, merge_attention
+from tqjax.cache import KVCache, from_dlpack, load_file, save_file
 from tqjax.compress_ops import append, compress, decompress
 from tqjax.ops import (
     attention_scores,
-    from_dlpack,
     fused_qk_scores,
     key_center,
-    load_file,
     rotary_center,
     rotate,
-    save_file,
     unrotate,
 )
 
@@ -26,6 +24,7 @@ jax.tree_util.register_dataclass(
 
 __all__ = [
     "Codebook",
+    "KVCache",
     "PackedVectors",
     "Quantizer",
     "__version__",

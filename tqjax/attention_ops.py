@@ -5,13 +5,25 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
-from tqcore import checks, softmax
+from tqcore import checks, softmax, tuning
+from tqcore.kernels import can_load, gluon_is_tested
 from tqcore.quantizer import PackedVectors
-from tqjax import ops, xla_attention
+from tqjax import dense_attention, device, ops, triton_attention, triton_call, xla_attention
 
-IMPLEMENTATIONS = ("xla",)
+try:
+    from tqjax import pallas_attention
+except ImportError:  # a JAX without Pallas-Triton
+    pallas_attention = None
+
+IMPLEMENTATIONS = ("xla", "dense", "pallas_triton", "triton", "gluon")
+NEEDS = {
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton",
+    "triton": "'triton' needs CUDA, an installed Triton",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton with Gluon",
+}
 
 
 def attention(
@@ -54,7 +66,12 @@ def attention(
       scale: None means 1/√D.
       num_splits: into how many parts S is split, merged by their log-sum-exp. None leaves it to the implementation.
       return_lse: whether the log-sum-exp is returned too.
-      implementation: "xla" or None: xla, on any device.
+      implementation: "xla" (any device), "dense" (decompression to the query's dtype, then JAX's own attention in that
+        precision: no soft cap, sinks or log-sum-exp; NaN in values reaches every row), "pallas_triton" (CUDA, 2 to 4
+        bits, D up to 256, no residual, no center that varies along S; interpreted on a CPU), "triton" (the same with an
+        installed Triton, CUDA alone), "gluon" (the same on a Hopper device), or None: on CUDA dense for many query
+        rows, else the first of gluon (if all devices are Hoppers), triton and pallas_triton that can do the case; else
+        xla.
 
     Returns:
       [B, H, T, D] of the query's dtype; with `return_lse`, and lse [B, H, T] float32, the natural logarithm of the sum
@@ -64,6 +81,7 @@ def attention(
     Raises:
       ValueError: an argument does not fit. Lengths and page numbers out of range are seen where they are concrete and
         on a CPU; elsewhere they make their sequence NaN.
+      NotImplementedError: the implementation asked for cannot do this case.
 
     Source: Dao, FlashAttention-2, arXiv:2307.08691; Xiao et al., StreamingLLM, arXiv:2309.17453, for sinks.
     """
@@ -75,9 +93,17 @@ def attention(
     named = {name: x for name, x in named.items() if x is not None}
     ops.check_devices(query=query, **{"keys.codes": keys.codes, "values.codes": values.codes}, **named)
     softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
-    out, lse = _attention(
-        jnp.asarray(query), keys.map(jnp.asarray), values.map(jnp.asarray), kv_lengths, page_table, sinks, options
-    )
+    arrays = jnp.asarray(query), keys.map(jnp.asarray), values.map(jnp.asarray), kv_lengths, page_table, sinks
+    can_be_dense = not return_lse and sinks is None and options.soft_cap is None
+    if implementation == "dense" or (implementation is None and can_be_dense and _has_many_rows(query, keys)):
+        if not can_be_dense:
+            raise NotImplementedError(
+                f"'dense' needs no soft cap, no sinks and no log-sum-exp, got logits_soft_cap={logits_soft_cap}, "
+                f"{'no ' if sinks is None else ''}sinks, return_lse={return_lse}; 'xla' has no such need."
+            )
+        return _dense(*arrays[:5], options)
+    name = _choose(implementation, keys, values, page_table, options)
+    out, lse = _attention(*arrays, options, name, implementation is None)
     return (out, lse) if return_lse else out
 
 
@@ -103,8 +129,90 @@ def merge_attention(
     return _merge(*map(jnp.asarray, (out_a, lse_a, out_b, lse_b)))
 
 
-_attention = functools.partial(jax.jit, static_argnums=6)(xla_attention.attention)
+@functools.partial(jax.jit, static_argnums=5)
+def _dense(query, keys, values, kv_lengths, page_table, options):
+    if kv_lengths is None:
+        kv_lengths = jnp.full(query.shape[0], softmax.context_size(keys, page_table), jnp.int32)
+    return dense_attention.attention(query, keys, values, kv_lengths, page_table, options)
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
+    """One implementation; `by_platform`: on CUDA, and xla elsewhere."""
+    if kv_lengths is None:
+        kv_lengths = jnp.full(query.shape[0], softmax.context_size(keys, page_table), jnp.int32)
+    arrays = query, keys, values, kv_lengths, page_table, sinks
+    if name == "xla":
+        return xla_attention.attention(*arrays, options)
+    return _kernel_attention(*arrays, options, name, by_platform)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
+    arrays = query, keys, values, kv_lengths, page_table, sinks
+    if name == "pallas_triton" and pallas_attention is not None:
+        attend, elsewhere = pallas_attention.attention, functools.partial(pallas_attention.attention, interpret=True)
+    else:
+        attend = elsewhere = functools.partial(triton_attention.attention, implementation=name)
+    kernel = functools.partial(_centered, attend, options)
+    if by_platform:
+        plain = functools.partial(xla_attention.attention, options=options)
+        return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+    if attend is elsewhere:
+        return kernel(*arrays)
+    return lax.platform_dependent(*arrays, cuda=kernel, cpu=functools.partial(_centered, elsewhere, options))
+
+
+def _kernel_forward(*arguments):
+    return _kernel_attention(*arguments), arguments[:6]
+
+
+def _kernel_backward(options, name, by_platform, arrays, cotangents):
+    _, pullback = jax.vjp(functools.partial(xla_attention.attention, options=options), *arrays)
+    return pullback(tuple(cotangents))
+
+
+_kernel_attention.defvjp(_kernel_forward, _kernel_backward)
 _merge = jax.jit(xla_attention.merge)
+
+
+def _centered(attend, options, query, keys, values, kv_lengths, page_table, sinks):
+    """Attention by kernels; centers, which they do not know, are added after them."""
+    if keys.center is None and values.center is None:
+        return attend(query, keys, values, kv_lengths, page_table, sinks, options)
+    out, lse = attend(query, keys, values, kv_lengths, page_table, None, options)
+    library = xla_attention.LIBRARY
+    out, lse = softmax.with_centers(library.wide(out), lse, query, keys, values, sinks, options, library)
+    return out.astype(query.dtype), lse
+
+
+def _has_many_rows(query, keys):
+    """Whether decompression pays, on a CUDA device."""
+    rows = query.shape[2] * (query.shape[1] // keys.codes.shape[1])
+    return bool(device.cuda_devices()) and rows >= tuning.dense_rows(device.cuda_kind())
+
+
+def _choose(implementation, keys, values, page_table, options):
+    """The implementation asked for, or the best that can, on CUDA."""
+    if implementation == "xla":
+        return "xla"
+    kernels = _kernels() if softmax.kernels_take(keys, values, page_table, options) else []
+    if implementation is None:
+        best = next((name for name in kernels if name != "gluon" or (device.all_hopper() and gluon_is_tested())), "xla")
+        return best if device.cuda_devices() else "xla"
+    if implementation not in kernels:
+        raise NotImplementedError(
+            f"{NEEDS[implementation]}, {softmax.KERNEL_NEEDS}, got {softmax.kernels_got(keys, values, options)}; "
+            "'xla' has no such need."
+        )
+    return implementation
+
+
+@functools.cache
+def _kernels() -> list[str]:
+    """What there is here, the best first."""
+    found = [name for name, kernel in triton_attention.KERNELS.items() if triton_call.INSTALLED and can_load(kernel)]
+    return [*sorted(found), *(["pallas_triton"] if pallas_attention else [])]
 
 
 def _on_host(x):

@@ -1,4 +1,4 @@
-"""The public operations that encode and decode: check, choose the implementation, call it."""
+"""The public operations that write and read packed vectors: check, choose the implementation, call it."""
 
 import dataclasses
 import functools
@@ -8,20 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from tqcore import checks
-from tqcore.kernels import can_compress
 from tqcore.quantizer import PackedVectors, Quantizer
-from tqjax import ops, triton_call, triton_compress, xla
+from tqjax import triton_compress, xla
+from tqjax.ops import check_devices
 
-try:
-    from tqjax import pallas_compress
-except ImportError:  # a JAX without Pallas-Triton
-    pallas_compress = None
-
-IMPLEMENTATIONS = ("xla", "pallas_triton", "triton")
-NEEDS = {
-    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and a head_dim that is a multiple of 8 and up to 256",
-    "triton": "'triton' needs CUDA, an installed Triton and a head_dim that is a multiple of 8 and up to 256",
-}
+IMPLEMENTATIONS = ("xla", "triton")
 
 
 def compress(
@@ -37,15 +28,14 @@ def compress(
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-      implementation: "xla" (any device), "pallas_triton" (CUDA; on a CPU Pallas' interpreter), "triton" (CUDA), both
-        for D a multiple of 8 up to 256, or None: on CUDA triton or pallas_triton where one can do the case, else xla.
+      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
+        where it can on CUDA, else xla.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
 
     Raises:
       ValueError: x has another dtype or rank, its last axis is not `quantizer.head_dim`, or center does not fit it.
-      NotImplementedError: the implementation asked for cannot do this case.
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
@@ -53,35 +43,9 @@ def compress(
     checks.check_vectors(x, quantizer, center)
     if center is None:
         return _compress(jnp.asarray(x), quantizer, None, implementation)
-    ops.check_devices(x=x, center=center)
+    check_devices(x=x, center=center)
     center = jnp.asarray(center)
     return dataclasses.replace(_compress(jnp.asarray(x), quantizer, center, implementation), center=center)
-
-
-def decompress(
-    packed: PackedVectors, *, dtype="float32", rotated: bool = False, implementation: str | None = None
-) -> jax.Array:
-    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
-
-    Args:
-      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
-      dtype: float32, bfloat16 or float16.
-      rotated: whether R x̂ is returned instead, which leaves out rotating back.
-      implementation: "xla" (any device), "pallas_triton" (CUDA; on a CPU Pallas' interpreter), "triton" (CUDA), both
-        for D a multiple of 8 up to 256, or None: on CUDA triton or pallas_triton where one can do the case, else xla.
-
-    Returns:
-      [..., S, D] of `dtype`.
-
-    Raises:
-      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
-      NotImplementedError: the implementation asked for cannot do this case.
-    """
-    checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_packed("packed", packed)
-    checks.check_dtype(dtype)
-    checks.check_flag("rotated", rotated)
-    return _decompress(packed.map(jnp.asarray), checks.dtype_name(dtype), rotated, implementation)
 
 
 def append(
@@ -92,102 +56,120 @@ def append(
     page_table: jax.Array | None = None,
     implementation: str | None = None,
 ) -> PackedVectors:
-    """Compresses vectors into a cache: what `compress` makes of x[b,:,t] goes to position starts[b] + t of sequence b.
+    """Compresses vectors into their places of a cache: x[b, :, t] goes to position starts[b] + t of sequence b.
 
-    A position outside 0 to S - 1, or in a page outside the pool, is not written: a start of -T leaves a sequence alone.
-    Of two vectors that go to one place, as where sequences share a page, either stays.
-    Works under `jit`, `vmap` and loops such as `lax.scan`.
+    Codes and norms are those of `compress(x, packed.quantizer, center=packed.center)`. A position outside 0 to S - 1
+    is not written, nor is one on a page that does not exist: a start of -T or less leaves its sequence alone.
+    Works under `jit`, `scan` and `vmap`; where `packed` is donated, or carried by a loop, it is written in place.
 
     Args:
-      packed: PackedVectors [B, K, S, D] without a residual, S the capacity; a center has an S axis of 1.
+      packed: PackedVectors [B, K, S, D], S the capacity, or a pool [N, K, page, D]. A center has an S axis of 1, in a
+        pool a first axis of 1 too, and is subtracted from x. No residual.
       x: [B, K, T, D] float32, bfloat16 or float16.
-      starts: [B] int32, any values.
-      page_table: [B, M] int32. `packed` is then a pool [N, K, page, D] whose center is the same for all pages, and
-        position s of sequence b is in page page_table[b, s // page]; S is M · page.
-      implementation: "xla" (any device), "pallas_triton" (CUDA; on a CPU Pallas' interpreter), "triton" (CUDA), both
-        for D a multiple of 8 up to 256, or None: on CUDA triton or pallas_triton where one can do the case, else xla.
+      starts: [B] int32.
+      page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
+        sequences may write to one place.
+      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
+        where it can on CUDA, else xla.
 
     Returns:
-      New PackedVectors, with the center of `packed`. Where `packed` is donated (`jax.jit(..., donate_argnums=...)`) or
-      the carry of a loop, its memory is written in place.
+      PackedVectors: `packed` with other arrays.
 
     Raises:
-      ValueError: an argument does not fit; starts and page numbers out of range are no error.
-      NotImplementedError: the implementation asked for cannot do this case.
+      ValueError: an argument does not fit.
     """
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_append(packed, x, starts, page_table)
-    named = {"packed.codes": packed.codes, "packed.center": packed.center, "page_table": page_table}
-    ops.check_devices(x=x, starts=starts, **{name: array for name, array in named.items() if array is not None})
-    new = _append(packed.map(jnp.asarray), *map(jnp.asarray, (x, starts)), page_table, implementation)
-    return dataclasses.replace(new, center=packed.center)
+    check_devices(x=x, starts=starts, page_table=page_table, codes=packed.codes)
+    page_table = None if page_table is None else jnp.asarray(page_table)
+    vectors = packed.map(jnp.asarray)
+    codes, norms = _append(vectors, jnp.asarray(x), jnp.asarray(starts), page_table, implementation)
+    return dataclasses.replace(packed, codes=codes, norms=norms)
+
+
+def decompress(
+    packed: PackedVectors, *, dtype="float32", rotated: bool = False, implementation: str | None = None
+) -> jax.Array:
+    """x̂ = norm · Rᵀ centroids[index], plus the residual's x̂ and the center where there are any.
+
+    Args:
+      packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
+      dtype: float32, bfloat16 or float16.
+      rotated: leaves R x̂, all of it, in place of x̂.
+      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
+        where it can on CUDA, else xla.
+
+    Returns:
+      [..., S, D] of `dtype`.
+
+    Raises:
+      ValueError: codes and norms do not match the quantizer, or another dtype is asked for.
+    """
+    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_decompress(packed, dtype, rotated)
+    return _decompress(packed.map(jnp.asarray), checks.dtype_name(dtype), rotated, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _compress(x, quantizer, center, implementation):
-    def plain(x, *center):
-        return xla.compress(x, quantizer, *(center or (None,)))
-
-    def compiled(module, x, *center, **options):
-        codes, norms = module.compress(x, quantizer, *center, **options)
-        residual = None
-        if quantizer.residual is not None:
-            rest = functools.reduce(jnp.subtract, center, x.astype(jnp.float32))
-            rest = rest - module.decompress(codes, norms, quantizer, **options)
-            signs = module.compress(rest, quantizer.residual, **options)
-            residual = PackedVectors(*signs, quantizer.residual)
-        return PackedVectors(codes, norms, quantizer, None, residual)
-
-    arrays = (x,) if center is None else (x, center)
-    return _implement(arrays, plain, compiled, quantizer, implementation)
+    """All but the center itself, which need not pass through `jit`."""
+    encode = functools.partial(_encode, implementation=implementation)
+    decode = functools.partial(_decode, dtype="float32", rotated=False, implementation=implementation)
+    return xla.compress(x, quantizer, center, encode, decode)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _decompress(packed, dtype, rotated, implementation):
-    def plain(packed):
-        return xla.decompress(packed, dtype, rotated)
-
-    def compiled(module, packed, **options):
-        decompress = functools.partial(module.decompress, **options)
-        arrays, quantizer = (packed.codes, packed.norms), packed.quantizer
-        if packed.residual is None and (packed.center is None or not rotated):
-            return decompress(*arrays, quantizer, packed.center, dtype=dtype, rotated=rotated)
-        vectors = decompress(*arrays, quantizer, rotated=rotated)
-        if packed.residual is not None:
-            rest = decompress(packed.residual.codes, packed.residual.norms, packed.residual.quantizer)
-            vectors = vectors + (xla.rotate(rest, quantizer) if rotated else rest)
-        if packed.center is not None:
-            vectors = vectors + (xla.rotate(packed.center, quantizer) if rotated else packed.center)
-        return vectors.astype(dtype)
-
-    return _implement((packed,), plain, compiled, packed.quantizer, implementation)
+def _encode(x, quantizer, center, implementation):
+    return _choose(
+        implementation, quantizer, functools.partial(triton_compress.compress, quantizer=quantizer),
+        functools.partial(xla.encode, quantizer=quantizer), x, center=center,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _append(packed, x, starts, page_table, implementation):
-    new = _compress(x, packed.quantizer, packed.center, implementation)
-    return xla.append(packed, new, starts, page_table)
+    quantizer = packed.quantizer
+    return _choose(
+        implementation, quantizer, functools.partial(triton_compress.append, quantizer=quantizer),
+        functools.partial(xla.append, quantizer=quantizer), packed.codes, packed.norms, x,
+        center=packed.center, starts=starts, page_table=page_table,
+    )  # fmt: skip
 
 
-def _implement(arrays, plain, compiled, quantizer, implementation):
-    """Calls one implementation: `plain`, or `compiled` with the module of kernels.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _decompress(packed, dtype, rotated, implementation):
+    decode = functools.partial(_decode, implementation=implementation)
+    return xla.decompress(packed, dtype, rotated, decode)
 
-    `None` and "pallas_triton" choose by the platform that this is lowered for.
-    """
-    if implementation == "xla" or any(0 in x.shape for x in jax.tree.leaves(arrays)):
-        return plain(*arrays)
-    modules = {}
-    if can_compress(quantizer.head_dim):
-        modules |= {"triton": triton_compress} if triton_call.INSTALLED else {}
-        modules |= {} if pallas_compress is None else {"pallas_triton": pallas_compress}
-    name = implementation or next(iter(modules), "xla")
-    if implementation is None and not modules:
-        return plain(*arrays)
-    if name not in modules:
-        raise NotImplementedError(f"{NEEDS[name]}, got head_dim={quantizer.head_dim}; 'xla' has no such need.")
-    kernel = functools.partial(compiled, modules[name])
-    if implementation is None:
-        return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
-    if name != "pallas_triton":
-        return kernel(*arrays)
-    return lax.platform_dependent(*arrays, cuda=kernel, cpu=functools.partial(kernel, interpret=True))
+
+def _decode(codes, norms, quantizer, dtype, rotated, implementation):
+    options = {"quantizer": quantizer, "dtype": dtype, "rotated": rotated}
+    return _choose(
+        implementation, quantizer, functools.partial(triton_compress.decompress, **options),
+        functools.partial(xla.decode, **options), codes, norms,
+    )  # fmt: skip
+
+
+def _choose(implementation, quantizer, kernel, plain, *arrays, **named):
+    """Calls one implementation on `arrays` and those of `named`, which may be None."""
+    names = [name for name, x in named.items() if x is not None]
+    operands = [*arrays, *(named[name] for name in names)]
+
+    def with_names(function):
+        def call(*operands):
+            given = dict.fromkeys(named) | dict(zip(names, operands[len(arrays) :], strict=True))
+            return function(*operands[: len(arrays)], **given)
+
+        return call
+
+    if implementation == "xla" or any(0 in x.shape for x in operands):
+        return with_names(plain)(*operands)
+    if not triton_compress.can_do(quantizer):
+        if implementation is None:
+            return with_names(plain)(*operands)
+        raise NotImplementedError(
+            "'triton' needs CUDA, an installed Triton and head_dim 8 to 256, "
+            f"got head_dim={quantizer.head_dim}; 'xla' has no such need."
+        )
+    if implementation == "triton":
+        return with_names(kernel)(*operands)
+    return lax.platform_dependent(*operands, cuda=with_names(kernel), default=with_names(plain))

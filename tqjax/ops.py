@@ -1,7 +1,6 @@
 """The public operations: check, choose the implementation, call it."""
 
 import functools
-from os import PathLike
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ from jax import lax
 from jax.core import Tracer
 from numpy.typing import NDArray
 
-import tqcore
 from tqcore import center as center_of
 from tqcore import checks, fixed_point, tuning
-from tqcore.kernels import gluon_is_tested
+from tqcore.kernels import gluon_is_tested, lookup
 from tqcore.packing import code_bits
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import device, triton_call, xla
@@ -26,9 +24,9 @@ except ImportError:  # a JAX without Pallas-Triton
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton", "gluon")
 FEW_KEYS = 2**16  # up to which a call takes as long as its launch does, which is shorter for Pallas
 NEEDS = {
-    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and 4-bit codes of head_dim up to 256",
-    "triton": "'triton' needs CUDA, an installed Triton and 4-bit codes of head_dim up to 256",
-    "gluon": "'gluon' needs a Hopper device, an installed Triton and 4-bit codes of head_dim up to 256",
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton and codes of 2 to 4 bits of head_dim up to 256",
+    "triton": "'triton' needs CUDA, an installed Triton and codes of 2 to 4 bits of head_dim up to 256",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton and codes of 2 to 4 bits of head_dim up to 256",
 }
 
 
@@ -82,10 +80,10 @@ def fused_qk_scores(
       scale: finite; usually 1/√D. A Python number, also under `jit`.
       n_q_heads: H, a multiple of K.
       n_kv_heads: K.
-      implementation: "xla" (any device), "pallas_triton" (CUDA, 4 bits, D up to 256; interpreted on a CPU), "triton"
-        (CUDA and an installed Triton, 4 bits, D up to 256), "gluon" (the same, Hopper), or None: on CUDA the first of
-        gluon (if all devices are Hoppers and the keys not few), pallas_triton, triton and xla that can do the case;
-        xla elsewhere.
+      implementation: "xla" (any device), "pallas_triton" (CUDA, 2 to 4 bits, D up to 256; interpreted on a CPU),
+        "triton" (CUDA and an installed Triton, 2 to 4 bits, D up to 256), "gluon" (the same, Hopper), or None: on CUDA
+        the first of gluon (if all devices are Hoppers and the keys not few), pallas_triton, triton and xla that can do
+        the case; xla elsewhere.
 
     Returns:
       [B, H, T, S] float32 in natural units; no mask, no softmax. Empty where S or T is 0.
@@ -181,21 +179,6 @@ def rotary_center(
     return _rotary_center(jnp.asarray(bias), jnp.asarray(positions), float(theta), bool(interleaved))
 
 
-def from_dlpack(packed: PackedVectors) -> PackedVectors:
-    """The same vectors as JAX arrays over the same memory, from any library that speaks DLPack."""
-    return packed.map(jax.dlpack.from_dlpack)
-
-
-def save_file(packed: PackedVectors | dict[str, PackedVectors], path: str | PathLike) -> None:
-    """Writes packed vectors, or a dict of them by name; see `tqcore.save_file`."""
-    tqcore.save_file(jax.tree.map(np.asarray, packed), path)
-
-
-def load_file(path: str | PathLike) -> PackedVectors | dict[str, PackedVectors]:
-    """Reads what `save_file` wrote, onto the default device; see `tqcore.load_file`."""
-    return jax.tree.map(jnp.asarray, tqcore.load_file(path))
-
-
 _rotate = jax.jit(xla.rotate, static_argnums=1)
 _unrotate = jax.jit(xla.unrotate, static_argnums=1)
 _key_center = jax.jit(xla.key_center)
@@ -249,7 +232,7 @@ def _implement(q, codes, norms, words, implementation):
 def _kernels(head_dim, bits):
     """The kernels that can do this head_dim and width on CUDA."""
     kernels = {}
-    if bits != 4:
+    if bits not in lookup.BITS:
         return kernels
     if pallas_scores is not None and head_dim <= tuning.MAX_HEAD_DIM:
         kernels["pallas_triton"] = pallas_scores.fused_qk_scores

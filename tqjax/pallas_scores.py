@@ -2,7 +2,7 @@
 
     score[r, s] = (Σ_d n[r, d] · level[index[s, d]]) · (norm[s] · (unit · 2^e[r]))       q[r] ≈ n[r] · 2^e[r]
 
-Reads D/2 + 4 bytes a key, once for all R = T·G query rows of a key head, and writes 4·R bytes.
+Reads P + 4 bytes a key, once for all R = T·G query rows of a key head, and writes 4·R bytes.
 Equals `tqcore.reference.fused_qk_scores` bit for bit. Its Triton twin is `tqcore/kernels/scores.py`.
 
 Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt`.
@@ -21,6 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT, ROUNDER, ROUNDER_BITS, SMALLEST_NORMAL
+from tqcore.kernels import lookup
+from tqcore.packing import code_bits
 from tqjax import device
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays of up to 2^32 bytes by signed 32-bit offsets
@@ -28,42 +30,55 @@ MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays of up to 2^32 bytes by signed
 CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
 NOT_FINITE = 128  # in place of an exponent
 
-# The table entries of the high nibbles of four bytes $1 to $0 (LOOKUP_HIGH), or of their low nibbles (LOOKUP_LOW);
-# the 16-byte table is $2 $6 $10 $14. A selector of `prmt` takes 8 table bytes by three bits; the fourth then
-# picks the half. (Pallas takes one result a call; ptxas merges what the two calls share.)
-LOOKUP = """{
-.reg .b32 select, pick, a, b, front, back;
-and.b32 select, $1, 0x77777777;
-shr.u32 pick, $1, 1;
-lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
-prmt.b32 a, $2, $6, select;
-prmt.b32 b, $10, $14, select;
-prmt.b32 front, a, b, pick;
-shr.u32 select, select, 16;
-shr.u32 pick, pick, 16;
-prmt.b32 a, $2, $6, select;
-prmt.b32 b, $10, $14, select;
-prmt.b32 back, a, b, pick;
-prmt.b32 $0, front, back, %s;
-}"""
-LOOKUP_HIGH, LOOKUP_LOW = LOOKUP % "0x7531", LOOKUP % "0x6420"
-LOOKUP_CONSTRAINTS = "=r,r" + ",r" * 16
-
 warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated")
 
 
-def _levels(codes, words, ptx):
-    """The int8 table entries of the high and of the low nibble of each byte."""
+def _load_codes(codes_ref, key, inside, head_dim, block_p, bits, ptx):
+    """Codes of keys [keys, 1], zeros where not `inside`: what `_levels` takes.
+
+    Bytes of codes, or of the low plane, and for each of them a byte with its high bits.
+    """
+    width, live = (block_p, head_dim // 2) if bits == 4 else (block_p // 2, head_dim // 4)
+    p = jnp.arange(width)[None, :]
+    codes = plgpu.load(codes_ref.at[key, p], mask=inside & (p < live), other=0)
+    if bits != 3:
+        return codes, jnp.zeros_like(codes)
+    p = jnp.arange(width // 2)[None, :]
+    high = plgpu.load(codes_ref.at[key, live + p], mask=inside & (p < head_dim // 8), other=0)
+    shifted = _assembly(lookup.SHIFT, lookup.SHIFT_CONSTRAINTS, high).astype(jnp.uint8) if ptx else high << 2
+    return codes, jnp.stack([high, shifted], -1).reshape(codes.shape)
+
+
+def _levels(codes, high, words, bits, ptx):
+    """The int8 table entries of the even and of the odd coordinates."""
     if ptx:
-        arguments = [codes, *(jnp.broadcast_to(word, codes.shape) for word in words)]
-        return tuple(
-            plgpu.elementwise_inline_asm(
-                asm, args=arguments, constraints=LOOKUP_CONSTRAINTS, pack=4,
-                result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int8)],
-            )[0]
-            for asm in (LOOKUP_HIGH, LOOKUP_LOW)
-        )  # fmt: skip
-    return _level(codes >> 4, words), _level(codes & 15, words)
+        table = (jnp.broadcast_to(word, codes.shape) for word in words[: lookup.WORDS[bits]])
+        arguments = [codes, *([high] if bits == 3 else []), *table]
+        fields = [
+            _assembly(lookup.of_field(bits, field), lookup.constraints(bits, 1), *arguments)
+            for field in range(lookup.FIELDS[bits])
+        ]
+    elif bits == 4:
+        fields = [_level(codes >> 4, words), _level(codes & 15, words)]
+    else:
+        fields = [
+            _level(codes >> 6 | (high >> 5 & 4), words),
+            _level((codes >> 4 & 3) | (high >> 4 & 4), words),
+            _level((codes >> 2 & 3) | (high >> 1 & 4), words),
+            _level((codes & 3) | (high & 4), words),
+        ]
+    if bits == 4:
+        return fields
+    shape = codes.shape[0], 2 * codes.shape[1]
+    return jnp.stack(fields[::2], -1).reshape(shape), jnp.stack(fields[1::2], -1).reshape(shape)
+
+
+def _assembly(text, constraints, *arguments):
+    """int8, four in a register. Pallas takes one result a call; ptxas merges what calls share."""
+    shape = jax.ShapeDtypeStruct(arguments[0].shape, jnp.int8)
+    return plgpu.elementwise_inline_asm(
+        text, args=arguments, constraints=constraints, pack=4, result_shape_dtypes=[shape]
+    )[0]
 
 
 def _level(index, words):
@@ -142,6 +157,7 @@ def _scores_kernel(
     table_ref,  # [4·planes + 1] int32: the levels' bytes, the bits of unit: scale times the table's step
     out_ref,  # [R, S] float32
     *,
+    bits,
     planes,
     block_p,
     config,
@@ -173,15 +189,15 @@ def _scores_kernel(
     def score_block(block, carry):
         s = start + block * block_s + jnp.arange(block_s)
         inside = s < S
-        codes = plgpu.load(codes_ref.at[s[:, None], p[None, :]], mask=inside[:, None] & (p[None, :] < D // 2), other=0)
+        codes, high = _load_codes(codes_ref, s[:, None], inside[:, None], D, block_p, bits, ptx)
         norm = _finite(plgpu.load(norms_ref.at[s], mask=inside, other=0.0), ptx)
 
-        levels_even, levels_odd = _levels(codes, words[:4], ptx)
+        levels_even, levels_odd = _levels(codes, high, words[:4], bits, ptx)
         hi, lo = _products(levels_even, levels_odd, q_even, q_odd)
         if planes == 1:
             total = (hi * 128 + lo).astype(jnp.float32)
         else:
-            levels_even, levels_odd = _levels(codes, words[4:], ptx)
+            levels_even, levels_odd = _levels(codes, high, words[4:], bits, ptx)
             hi_low, lo_low = _products(levels_even, levels_odd, q_even, q_odd)
             total = hi.astype(jnp.float32) * 128.0 + (hi_low + lo).astype(jnp.float32)
             total = total * 128.0 + lo_low.astype(jnp.float32)
@@ -214,8 +230,8 @@ def _call(q, codes, norms, *, words, interpret, config):
     """q [N, R, D], codes [N, S, P], norms [N, S] -> [N, R, S] float32, N = B·K."""
     (heads, rows, head_dim), keys = q.shape, norms.shape[1]
     kernel = functools.partial(
-        _scores_kernel, planes=words.shape[0] // 4, config=config, ptx=not interpret,
-        block_p=tuning.packed_block(head_dim),
+        _scores_kernel, bits=code_bits(codes.shape[2], head_dim), planes=words.shape[0] // 4,
+        block_p=tuning.packed_block(head_dim), config=config, ptx=not interpret,
     )  # fmt: skip
 
     def of_head(*shape):  # all of one key head: Pallas does not mask blocks that overrun an array, before jax 0.12

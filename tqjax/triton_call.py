@@ -24,6 +24,7 @@ from jax.interpreters.xla import apply_primitive
 
 from tqcore import tuning
 from tqcore.kernels import load, score_constants, stages
+from tqcore.packing import code_bits
 from tqjax import device
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -74,7 +75,7 @@ def _batch(arrays, axes, **options):
 
 
 def _lower_for_cuda(ctx, *operands, **options):
-    function = functools.partial(_scores, **options, capability=capability(ctx))
+    function = functools.partial(_scores, **options, capability=_capability(ctx))
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
 
@@ -102,7 +103,7 @@ def _scores(q, codes, norms, words, *, implementation, config, capability):
         "norms_stride_b": kv_heads * keys,
         "norms_stride_k": keys,
     }
-    shape = score_constants(config, head_dim, words.shape[0] // 4, packed_dim)
+    shape = score_constants(config, head_dim, code_bits(packed_dim, head_dim), words.shape[0] // 4, packed_dim)
     constants = shape | strides | {"K": kv_heads, "R": rows, "S": keys, "blocks": config.blocks}
     out = jax.ShapeDtypeStruct((batch, heads, length, keys), jnp.float32)
     options = {"capability": capability, "num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -126,15 +127,18 @@ def _converted_queries(q, words, rows, kv, shape, capability):
     groups = tuning.ceil_div(rows, tuning.ROW_GROUP)
     planes = jax.ShapeDtypeStruct((kv, groups * tuning.ROW_GROUP, 2, 2 * shape["BLOCK_P"]), jnp.int8)
     factor = jax.ShapeDtypeStruct((kv, groups * tuning.ROW_GROUP), jnp.float32)
-    constants = {name: shape[name] for name in ("D", "PLANES", "BLOCK_P")} | {"R": rows, "scale": 1.0}
+    constants = {name: shape[name] for name in ("D", "BITS", "PLANES", "BLOCK_P")} | {"R": rows, "scale": 1.0}
     return launch(
         load("gluon_queries"), [q, words], [planes, factor], constants,
         grid=(groups * kv, 1), capability=capability, num_warps=1,
     )  # fmt: skip
 
 
-def launch(kernel, arrays, outs, constants, *, grid, capability, **options):
-    """Calls a Triton or Gluon kernel whose pointers are `arrays`, then `outs`; `constants` are the rest, by name."""
+def launch(kernel, arrays, outs, constants, *, grid, capability, aliases=None, **options):
+    """Calls a Triton or Gluon kernel whose pointers are `arrays`, then `outs`; `constants` are the rest, by name.
+
+    `aliases` says which of `arrays` is which of `outs`, by number.
+    """
     types = tuple(TYPES[x.dtype.name] for x in (*arrays, *outs))
     compiled = _compile(kernel, types, tuple(constants.items()), capability, tuple(options.items()))
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
@@ -144,7 +148,8 @@ def launch(kernel, arrays, outs, constants, *, grid, capability, **options):
     sizes = {"grid_x": grid[0], "grid_y": grid[1], "grid_z": 1, "shared_mem_bytes": metadata.shared}
     sizes |= {"block_x": 32 * metadata.num_warps, "block_y": 1, "block_z": 1}
     attributes = {"name": name, "kernel_type": "ptx", "kernel_data": ptx} | {k: np.int32(v) for k, v in sizes.items()}
-    return jax.ffi.ffi_call(TARGET, [*outs, *scratch])(*arrays, **attributes)[: len(outs)]
+    call = jax.ffi.ffi_call(TARGET, [*outs, *scratch], input_output_aliases=aliases)
+    return call(*arrays, **attributes)[: len(outs)]
 
 
 @functools.cache
@@ -185,7 +190,7 @@ def _check_memory(metadata, capability):
         )
 
 
-def capability(ctx) -> int:
+def _capability(ctx) -> int:
     """Ten times the compute capability of the GPU lowered for, else of JAX's abstract device, else 90."""
     devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
     for one in (*devices, *device.cuda_devices()):

@@ -1,9 +1,11 @@
-"""Launches the kernels of `tqcore.kernels.compress` on JAX arrays, as `tqjax.triton_call` launches those of scores."""
+"""Launches the encoders and decoders of `tqcore.kernels` on JAX arrays, as `tqjax.triton_call` launches scores."""
 
 import functools
+from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -11,150 +13,159 @@ from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
 
 from tqcore import tuning
-from tqcore.kernels import compress_constants, load
-from tqcore.rotation import matrix, signs
+from tqcore.kernels import can_compress, compress_launch, compress_table, load
 from tqjax import triton_call
 
-compress_p = Primitive("tq_triton_compress")
-compress_p.multiple_results = True
-decompress_p = Primitive("tq_triton_decompress")
+INSTALLED = triton_call.INSTALLED
 
 
-def compress(x, quantizer, center=None, *, config=None):
+def can_do(quantizer):
+    """Whether a kernel takes this quantizer."""
+    return INSTALLED and can_compress(quantizer)
+
+
+def compress(x, quantizer, center=None):
     """x [..., S, D] -> codes [..., S, P], norms [..., S]."""
     shape = x.shape
-    given = [_four_axes(x)] if center is None else [_four_axes(x), _broadcast_axes(center, shape)]
-    codes, norms = compress_p.bind(*given, _rotation(quantizer, False), quantizer=quantizer, config=config)
-    return codes.reshape(*shape[:-1], quantizer.packed_dim), norms.reshape(shape[:-1])
+    if center is not None:
+        center = center.reshape((1,) * (x.ndim - center.ndim) + center.shape)
+    if x.ndim != 4:
+        center = None if center is None else _in_four_axes(jnp.broadcast_to(center, x.shape))
+        x = _in_four_axes(x)
+    codes, norms = compress_p.bind(*_present(x, center), quantizer=quantizer, centered=center is not None)
+    return codes.reshape(*shape[:-1], -1), norms.reshape(shape[:-1])
 
 
-def decompress(codes, norms, quantizer, center=None, *, dtype="float32", rotated=False, config=None):
-    """codes [..., S, P], norms [..., S] -> norm · Rᵀ centroids[index] + center, or norm · centroids[index] if rotated."""
-    shape = (*norms.shape, quantizer.head_dim)
-    given = [_four_axes(codes), _four_axes(norms[..., None])[..., 0]]
-    given += [] if center is None else [_broadcast_axes(center, shape)]
-    options = {"quantizer": quantizer, "dtype": jnp.dtype(dtype), "rotated": rotated, "config": config}
-    return decompress_p.bind(*given, _rotation(quantizer, True), **options).reshape(shape)
+def append(codes, norms, x, center, starts, page_table, quantizer):
+    """Codes [N, K, S, P] and norms [N, K, S] with x [B, K, T, D] in its places."""
+    if center is not None:
+        center = center.reshape((1,) * (4 - center.ndim) + center.shape)
+    options = {"quantizer": quantizer, "centered": center is not None, "paged": page_table is not None}
+    return tuple(append_p.bind(*_present(codes, norms, x, starts, center, page_table), **options))
 
 
-@compress_p.def_abstract_eval
-def _compressed(x, *_, quantizer, config):
-    rows = x.shape[:-1]
-    return ShapedArray((*rows, quantizer.packed_dim), jnp.uint8), ShapedArray(rows, jnp.float32)
-
-
-@decompress_p.def_abstract_eval
-def _decompressed(codes, *_, quantizer, dtype, **options):
-    return ShapedArray((*codes.shape[:-1], quantizer.head_dim), dtype)
-
-
-def _launch_compress(x, *center_and_rotation, quantizer, config, capability):
-    *center, rotation = center_and_rotation
-    (heads, kv_heads, length), rows = x.shape[:3], x.size // x.shape[3]
-    packed_dim, bits = quantizer.packed_dim, quantizer.code_bits
-    config = config or tuning.compress_config(rows, quantizer.head_dim)
-    constants = _constants(quantizer, config, center, x.shape) | {
-        "starts_ptr": None,
-        "table_ptr": None,
-        **_strides("x", x.shape),
-        **_strides("codes", (heads, kv_heads, length, packed_dim)),
-        **_strides("norms", (heads, kv_heads, length, 1)),
-        "capacity": length,
-        "pages": 1,
-        "table_stride_b": 0,
-        "PAGE": 1,
-        "BOUNDARIES": tuple(quantizer.codebook.boundaries[2 ** (bits - 1) :].tolist()),
-        "CORRECTED": quantizer.norm == "corrected",
-    }
-    outs = [
-        jax.ShapeDtypeStruct((heads, kv_heads, length, packed_dim), jnp.uint8),
-        jax.ShapeDtypeStruct((heads, kv_heads, length), jnp.float32),
-    ]
-    return triton_call.launch(
-        load("compress"), [x, rotation, *center], outs, constants, capability=capability, num_stages=1,
-        grid=(config.programs(heads * kv_heads, length), 1), num_warps=config.num_warps,
-    )  # fmt: skip
-
-
-def _launch_decompress(codes, norms, *center_and_rotation, quantizer, dtype, rotated, config, capability):
-    *center, rotation = center_and_rotation
-    heads, kv_heads, length = norms.shape
-    config = config or tuning.compress_config(norms.size, quantizer.head_dim)
-    shape = (heads, kv_heads, length, quantizer.head_dim)
-    constants = _constants(quantizer, config, center, shape) | {"ROTATED": rotated}
-    (out,) = triton_call.launch(
-        load("decompress"), [codes, norms, rotation, *center], [jax.ShapeDtypeStruct(shape, dtype)], constants,
-        capability=capability, grid=(config.programs(heads * kv_heads, length), 1), num_warps=config.num_warps,
-        num_stages=1,
-    )  # fmt: skip
+def decompress(codes, norms, quantizer, dtype, rotated):
+    """codes [..., S, P], norms [..., S] -> [..., S, D]."""
+    (out,) = decompress_p.bind(codes, norms, quantizer=quantizer, dtype=dtype, rotated=rotated)
     return out
 
 
-def _constants(quantizer, config, center, shape):
-    """What both kernels are compiled for: all but the arrays."""
-    axes = center[0].shape if center else (1, 1, 1, quantizer.head_dim)
-    nothing = {} if center else {"center_ptr": None}
-    strides = {
-        name: stride if size > 1 else 0
-        for (name, stride), size in zip(_strides("center", axes).items(), axes[:3], strict=True)
-    }
-    sizes = {"K": shape[1], "S": shape[2], "rows": shape[0] * shape[1] * shape[2], "PTX": True}
-    return compress_constants(quantizer, config, config.tiled(shape[2])) | nothing | strides | sizes
+def _compress(x, *center, quantizer, centered, capability):
+    codes = jax.ShapeDtypeStruct((*x.shape[:3], quantizer.packed_dim), jnp.uint8)
+    norms = jax.ShapeDtypeStruct(x.shape[:3], jnp.float32)
+    none = {"starts_ptr": None, "pages_ptr": None, "codes_in_ptr": None, "norms_in_ptr": None}
+    return _encode(x, center, [], [codes, norms], none, {}, quantizer, capability)
 
 
-def _strides(name, shape):
-    _, kv_heads, length, width = shape
-    steps = kv_heads * length * width, length * width, width
-    return {f"{name}_stride_{axis}": step for axis, step in zip("bks", steps, strict=True)}
+def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, capability):
+    center, pages = rest[:centered], rest[centered:]
+    outs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (codes, norms)]
+    first = 3 + centered + paged  # x, the center, the table, starts, pages
+    none = {} if paged else {"pages_ptr": None}
+    aliases = {first: 0, first + 1: 1}
+    return _encode(x, center, [starts, *pages, codes, norms], outs, none, aliases, quantizer, capability)
 
 
-def _batch(primitive, arrays, axes, **options):
-    """A batch joins B; rotations have none."""
-    *arrays, rotation = arrays
-    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=False) if axis is not None)
-    batch = max(x.shape[0 if axis != 0 else 1] for x, axis in zip(arrays, axes, strict=False))
-
-    def folded(x, axis):
-        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        return lax.collapse(jnp.broadcast_to(x, (size, batch, *x.shape[2:])), 0, 2)
-
-    out = primitive.bind(*(folded(x, axis) for x, axis in zip(arrays, axes, strict=False)), rotation, **options)
-    split = functools.partial(jax.tree.map, lambda x: x.reshape(size, -1, *x.shape[1:]))
-    return split(out), jax.tree.map(lambda _: 0, out)
-
-
-def _lower_for_cuda(launch, multiple, ctx, *operands, **options):
-    function = functools.partial(launch, **options, capability=triton_call.capability(ctx))
-    return mlir.lower_fun(function, multiple_results=multiple)(ctx, *operands)
+def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
+    name, constants, num_warps = compress_launch(quantizer, x.dtype.itemsize, encode=True)
+    batch, heads, length = x.shape[:3]
+    (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
+    constants |= none | _strides("x", x.shape) | _strides("codes", outs[0].shape)
+    constants |= _strides("norms", (*outs[1].shape, 1))
+    constants |= _strides("center", center[0].shape, x.shape) if center else {"center_ptr": None}
+    constants |= {} if center else {f"center_stride_{axis}": 0 for axis in "bkt"}
+    constants |= {"vectors": batch * heads * length, "K": heads, "T": length, "S": size, "N": rows}
+    constants["M"] = pages[0].shape[1] if pages else 0
+    operands = [x, *center, jnp.asarray(compress_table(quantizer)), *arrays]
+    grid = tuning.ceil_div(constants["vectors"], constants["BLOCK_V"]), 1
+    return triton_call.launch(
+        load(name), operands, outs, constants, grid=grid, capability=capability, aliases=aliases,
+        num_warps=num_warps, num_stages=1,
+    )  # fmt: skip
 
 
-def _lower_for_others(ctx, *operands, **options):
-    platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
-    raise NotImplementedError(f"'triton' needs CUDA, got a program for {platforms}; 'xla' has no such need.")
+def _decompress(codes, norms, *, quantizer, dtype, rotated, capability):
+    out = jax.ShapeDtypeStruct((*norms.shape, quantizer.head_dim), jnp.dtype(dtype))
+    name, constants, num_warps = compress_launch(quantizer, out.dtype.itemsize, encode=False)
+    size, vectors, packed_dim = norms.shape[-1], prod(norms.shape), codes.shape[-1]
+    constants |= _strides("codes", (1, vectors // size, size, packed_dim))
+    constants |= _strides("norms", (1, vectors // size, size, 1)) | {"center_ptr": None, "ROTATED": rotated}
+    constants |= {f"center_stride_{axis}": 0 for axis in "bks"}
+    constants |= {"vectors": vectors, "K": vectors // size, "S": size}
+    grid = tuning.ceil_div(vectors, constants["BLOCK_V"]), 1
+    return triton_call.launch(
+        load(name), [codes, norms, jnp.asarray(compress_table(quantizer))], [out], constants,
+        grid=grid, capability=capability, num_warps=num_warps, num_stages=1,
+    )  # fmt: skip
 
 
-for _primitive, _launch in ((compress_p, _launch_compress), (decompress_p, _launch_decompress)):
-    _primitive.def_impl(functools.partial(apply_primitive, _primitive))
-    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
-    _for_cuda = functools.partial(_lower_for_cuda, _launch, _primitive.multiple_results)
-    mlir.register_lowering(_primitive, _for_cuda, platform="cuda")
-    mlir.register_lowering(_primitive, _lower_for_others)
+def _strides(name, shape, broadcast=None):
+    """Of the first three of four axes; 0 along one that is broadcast."""
+    axes = "bkt" if name in ("x", "center") else "bks"
+    strides = [prod(shape[i + 1 :]) for i in range(3)]
+    wide = broadcast or shape
+    return {f"{name}_stride_{a}": strides[i] if shape[i] == wide[i] else 0 for i, a in enumerate(axes)}
 
 
-def _rotation(quantizer, inverse):
-    """Signs, or the matrix that rows are multiplied by."""
-    if quantizer.rotation == "hadamard":
-        return jnp.asarray(signs(quantizer))
-    return jnp.asarray(matrix(quantizer) if inverse else matrix(quantizer).T)
+def _in_four_axes(x):
+    return x.reshape(1, prod(x.shape[:-2]), *x.shape[-2:])
 
 
-def _four_axes(x):
-    """[..., S, D] as [B, K, S, D]."""
-    return x.reshape(-1, *x.shape[-3:]) if x.ndim > 4 else x.reshape((1,) * (4 - x.ndim) + x.shape)
+def _present(*arrays):
+    return [x for x in arrays if x is not None]
 
 
-def _broadcast_axes(center, shape):
-    """A center of vectors of this shape, as [1 or B, 1 or K, 1 or S, D]."""
-    if len(shape) > 4:
-        center = jnp.broadcast_to(center, (*shape[:-3], *(1,) * (3 - min(3, center.ndim)), *center.shape[-3:]))
-    return _four_axes(center)
+# --- as JAX sees them: compiled while a program is lowered for CUDA ---------------------------------------------------
+
+
+def _shape_of_compress(x, *_, quantizer, **options):
+    return ShapedArray((*x.shape[:3], quantizer.packed_dim), jnp.uint8), ShapedArray(x.shape[:3], jnp.float32)
+
+
+def _shape_of_append(codes, norms, *_, **options):
+    return ShapedArray(codes.shape, codes.dtype), ShapedArray(norms.shape, norms.dtype)
+
+
+def _shape_of_decompress(codes, norms, *, quantizer, dtype, **options):
+    return (ShapedArray((*norms.shape, quantizer.head_dim), np.dtype(jnp.dtype(dtype))),)
+
+
+def _primitive(name, function, shape):
+    primitive = Primitive(f"tq_triton_{name}")
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(apply_primitive, primitive))
+    primitive.def_abstract_eval(shape)
+
+    def lower_for_cuda(ctx, *operands, **options):
+        of_capability = functools.partial(function, **options, capability=triton_call._capability(ctx))
+        return mlir.lower_fun(of_capability, multiple_results=True)(ctx, *operands)
+
+    def lower_for_others(ctx, *operands, **options):
+        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+        raise NotImplementedError(f"'triton' needs CUDA, got a program for {platforms}; 'xla' has no such need.")
+
+    def batch(arrays, axes, **options):
+        """One after the other."""
+        size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+
+        def at(i):
+            return primitive.bind(
+                *(
+                    x if axis is None else lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
+                    for x, axis in zip(arrays, axes, strict=True)
+                ),
+                **options,
+            )
+
+        found = lax.map(at, jnp.arange(size))
+        return found, [0] * len(found)
+
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lower_for_cuda, platform="cuda")
+    mlir.register_lowering(primitive, lower_for_others)
+    return primitive
+
+
+compress_p = _primitive("compress", _compress, _shape_of_compress)
+append_p = _primitive("append", _append, _shape_of_append)
+decompress_p = _primitive("decompress", _decompress, _shape_of_decompress)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tqcore import center as center_of
-from tqcore import fixed_point, paging
+from tqcore import fixed_point
 from tqcore.fixed_point import (
     ABS_MASK,
     INFINITY_BITS,
@@ -20,7 +20,7 @@ from tqcore.fixed_point import (
     split,
     tree_sum,
 )
-from tqcore.packing import code_bits, pack, unpack
+from tqcore.packing import code_bits, pack, slots, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
@@ -39,43 +39,40 @@ def unrotate(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return jnp.matmul(x, matrix(quantizer), precision=lax.Precision.HIGHEST)
 
 
-def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None) -> PackedVectors:
-    """All but the center itself, which need not pass through `jit`."""
-    x = x.astype(jnp.float32)
-    if center is not None:
-        x = _rounded(x) - _rounded(center)
-    codes, norms = _encode(x, quantizer)
+def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None, encode, decode) -> PackedVectors:
+    """All but the center itself. `encode` and `decode` are those of this module, or kernels."""
+    codes, norms = encode(x, quantizer, center)
     residual = None
     if quantizer.residual is not None:
-        rest = x - _decode(PackedVectors(codes, norms, quantizer))
-        residual = PackedVectors(*_encode(rest, quantizer.residual), quantizer.residual)
+        rest = _centered(x, center) - decode(codes, norms, quantizer)
+        signs, lengths = encode(rest, quantizer.residual, None)
+        residual = PackedVectors(signs, lengths, quantizer.residual)
     return PackedVectors(codes, norms, quantizer, None, residual)
 
 
-def decompress(packed: PackedVectors, dtype, rotated: bool) -> jax.Array:
-    quantizer, parts = packed.quantizer, []
-    if packed.residual is not None:
-        parts.append(_decode(packed.residual))
-    if packed.center is not None:
-        parts.append(packed.center)
-    vectors = dequantize(packed) if rotated else _decode(packed)
-    for part in parts:
-        vectors = vectors + (rotate(part, quantizer) if rotated else part)
+def append(codes, norms, x, center, starts, page_table, quantizer):
+    """Codes and norms with x in its places; what has none goes past the first axis, and is dropped there."""
+    new_codes, new_norms = encode(x, quantizer, center)
+    batch, steps = (jnp.arange(x.shape[axis], dtype=jnp.int32) for axis in (0, 2))
+    row, slot, inside = slots(codes, starts, batch[:, None], steps[None, :], page_table, jnp)
+    row = jnp.where(inside, row, codes.shape[0])
+
+    def put(old, new):
+        return old.at[row, :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+    return put(codes, new_codes), put(norms, new_norms)
+
+
+def decompress(packed: PackedVectors, dtype, rotated, decode) -> jax.Array:
+    turn = functools.partial(rotate, quantizer=packed.quantizer) if rotated else jnp.asarray
+    residual, center = packed.residual, packed.center
+    alone = residual is None and center is None
+    vectors = decode(packed.codes, packed.norms, packed.quantizer, dtype if alone else "float32", rotated)
+    if residual is not None:
+        vectors = vectors + turn(decode(residual.codes, residual.norms, residual.quantizer, "float32", False))
+    if center is not None:
+        vectors = vectors + turn(center)
     return vectors.astype(dtype)
-
-
-def append(
-    packed: PackedVectors, new: PackedVectors, starts: jax.Array, page_table: jax.Array | None
-) -> PackedVectors:
-    """Scatters new vectors [B, K, T, D] into `packed`: all but the center itself, which need not pass through `jit`."""
-    arange = functools.partial(jnp.arange, dtype=jnp.int32)
-    sequence, slot, written = paging.places(starts, new.norms.shape[2], page_table, packed.codes.shape, arange, jnp)
-    slot = jnp.where(written, slot, packed.codes.shape[2])  # past the end, where a scatter drops
-
-    def scattered(cache, values):
-        return cache.at[sequence, :, slot].set(values.swapaxes(1, 2), mode="drop")
-
-    return PackedVectors(scattered(packed.codes, new.codes), scattered(packed.norms, new.norms), packed.quantizer)
 
 
 def key_center(keys: jax.Array) -> jax.Array:
@@ -97,11 +94,17 @@ def _rounded(x):
     return jnp.where(jnp.isfinite(x), x, x + x)
 
 
-def _encode(x, quantizer):
+def _centered(x, center):
+    x = x.astype(jnp.float32)
+    return x if center is None else _rounded(x) - _rounded(center)
+
+
+def encode(x, quantizer, center=None):
     """Codes and norms, without a residual.
 
     A product that is added to passes through a minimum that changes nothing, which keeps XLA from fusing the two.
     """
+    x = _centered(x, center)
     bits = magnitude_bits(x)
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
@@ -119,19 +122,19 @@ def _encode(x, quantizer):
     return pack(indices, jnp, quantizer.code_bits), jnp.where(finite, length * power_of_two(e), jnp.nan)
 
 
-def _decode(packed):
-    """norm · Rᵀ centroids[index]."""
-    return unrotate(_centroids_at(packed), packed.quantizer) * packed.norms[..., None]
+def decode(codes, norms, quantizer, dtype="float32", rotated=False):
+    """norm · Rᵀ centroids[index], or not rotated back."""
+    directions = _centroids_at(codes, quantizer)
+    return ((directions if rotated else unrotate(directions, quantizer)) * norms[..., None]).astype(dtype)
 
 
 def dequantize(packed: PackedVectors) -> jax.Array:
     """norm · centroids[index] [..., S, D], not rotated back."""
-    return _centroids_at(packed) * packed.norms[..., None]
+    return _centroids_at(packed.codes, packed.quantizer) * packed.norms[..., None]
 
 
-def _centroids_at(packed):
-    quantizer = packed.quantizer
-    return jnp.asarray(quantizer.codebook.centroids)[unpack(packed.codes, jnp, quantizer.code_bits)]
+def _centroids_at(codes, quantizer):
+    return jnp.asarray(quantizer.codebook.centroids)[unpack(codes, jnp, quantizer.code_bits)]
 
 
 def fused_qk_scores(q, codes, norms, words):

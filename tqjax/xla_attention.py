@@ -11,9 +11,7 @@ from tqjax import ops, xla
 
 
 def attention(query, keys, values, kv_lengths, page_table, sinks, options):
-    """The arguments of `tqcore.softmax.attention`, `kv_lengths` [B] or None -> out of query's dtype, lse."""
-    if kv_lengths is None:
-        kv_lengths = jnp.full(query.shape[0], softmax.context_size(keys, page_table), jnp.int32)
+    """The arguments of `tqcore.softmax.attention` -> out of query's dtype, lse."""
     out, lse = softmax.attention(query, keys, values, kv_lengths, page_table, sinks, options, LIBRARY)
     return out.astype(query.dtype), lse
 

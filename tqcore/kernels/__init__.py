@@ -5,18 +5,24 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tqcore import tuning
 from tqcore.quantizer import Quantizer
-from tqcore.rotation import inverse_sqrt
+from tqcore.rotation import inverse_sqrt, matrix, signs
 
 KERNELS = {
     "triton": ("scores", "scores_kernel"),
     "gluon": ("gluon_scores", "scores_kernel"),
     "gluon_queries": ("gluon_long_scores", "queries_kernel"),
     "gluon_long": ("gluon_long_scores", "scores_kernel"),
+    "attention": ("attention", "attention_kernel"),
+    "gluon_attention": ("gluon_attention", "attention_kernel"),
+    "merge": ("attention", "merge_kernel"),
     "compress": ("compress", "compress_kernel"),
-    "decompress": ("compress", "decompress_kernel"),
+    "dense_compress": ("compress", "dense_compress_kernel"),
+    "decompress": ("decompress", "decompress_kernel"),
+    "dense_decompress": ("decompress", "dense_decompress_kernel"),
 }
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
@@ -40,11 +46,58 @@ def gluon_is_tested() -> bool:
     return triton.__version__.startswith(GLUON_TESTED_WITH)
 
 
-def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, codes_stride_s: int) -> dict[str, int]:
+@cache
+def can_load(name: str) -> bool:
+    """Whether `load` can."""
+    try:
+        load(name)
+    except ImportError:
+        return False
+    return True
+
+
+def compress_table(quantizer: Quantizer) -> NDArray[np.int32]:
+    """[32 + D or D²] int32 for encoders and decoders: bits of the positive boundaries from 0 on; from 8 on those of the
+    positive centroids, with their place in the lowest three; from 16 on all centroids; from 32 on signs or R."""
+    codebook, half = quantizer.codebook, 2 ** (quantizer.code_bits - 1)
+    table = np.zeros(32, np.float32)
+    table[: half - 1] = codebook.boundaries[half:]
+    table[8 : 8 + half] = codebook.centroids[half:]
+    table[16 : 16 + 2 * half] = codebook.centroids
+    of_hadamard = quantizer.rotation == "hadamard"
+    rotation = signs(quantizer) if of_hadamard else matrix(quantizer).reshape(-1)
+    words = np.concatenate([table, rotation]).view(np.int32)
+    words[8 : 8 + half] |= np.arange(half, dtype=np.int32)
+    return words
+
+
+def can_compress(quantizer: Quantizer) -> bool:
+    """Whether the encoders and decoders take this quantizer."""
+    return 8 <= quantizer.head_dim <= tuning.MAX_HEAD_DIM
+
+
+def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tuple[str, dict[str, Any], int]:
+    """Name, constants and warps of an encoder of vectors, or a decoder to vectors, of `itemsize` bytes a coordinate."""
+    head_dim, bits = quantizer.head_dim, quantizer.code_bits
+    constants: dict[str, Any] = {"D": head_dim, "BITS": bits}
+    if encode:
+        constants["CORRECTED"] = quantizer.norm == "corrected"
+    name = "compress" if encode else "decompress"
+    if quantizer.rotation != "hadamard":
+        block_d = max(32, tuning.next_power_of_two(head_dim))
+        return f"dense_{name}", constants | {"BLOCK_V": 16 if block_d > 128 else 32, "BLOCK_D": block_d}, 4
+    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "BLOCK_V": 32, "CHUNK_X": min(head_dim, 16 // itemsize)}
+    return name, constants | {"CHUNK_P": 16}, 1
+
+
+def score_constants(
+    config: tuning.ScoreConfig, head_dim: int, bits: int, planes: int, codes_stride_s: int
+) -> dict[str, int]:
     """What every score kernel is compiled for."""
     return {
         "CODES_STRIDE_S": codes_stride_s,
         "D": head_dim,
+        "BITS": bits,
         "PLANES": planes,
         "BLOCK_R": config.block_r,
         "BLOCK_S": config.block_s,
@@ -52,30 +105,37 @@ def score_constants(config: tuning.ScoreConfig, head_dim: int, planes: int, code
     }
 
 
-def can_compress(head_dim: int) -> bool:
-    """Whether the kernels that compress and decompress take vectors of this size: whole groups of eight."""
-    return head_dim % 8 == 0 and head_dim <= tuning.MAX_HEAD_DIM
-
-
-def compress_constants(quantizer: Quantizer, config: tuning.CompressConfig, tiled: bool) -> dict[str, Any]:
-    """What the kernels that compress and decompress are compiled for."""
-    bits, dense = quantizer.code_bits, quantizer.rotation != "hadamard"
-    centroids = quantizer.codebook.centroids[2 ** (bits - 1) :]  # exact in bfloat16: their last 16 bits are 0
-    first, second = centroids.view(np.uint8).reshape(-1, 4)[:, :1:-1].T
-    words = np.stack([np.pad(row, (0, 8 - len(row))) for row in (first, second)]).view("<i4")
+def attention_constants(
+    config: tuning.AttentionConfig, options: Any, keys: Quantizer, values: Quantizer, page: int | None, *strides_s: int
+) -> dict[str, Any]:
+    """What every attention kernel is compiled for; `options` as in `tqcore.softmax`, `strides_s` of codes along S."""
     return {
-        "D": quantizer.head_dim,
-        "BITS": bits,
-        "TABLE": tuple(words.reshape(-1).tolist()),
-        "FACTOR": 1.0 if dense else float(inverse_sqrt(quantizer.head_dim)),
-        "DENSE": dense,
-        "TILED": tiled,
-        "R": config.rows,
-        "L": config.lanes,
-        "J": tuning.next_power_of_two(quantizer.head_dim) // (8 * config.lanes),
+        "K_STRIDE_S": strides_s[0],
+        "V_STRIDE_S": strides_s[1],
+        "D": keys.head_dim,
+        "K_BITS": keys.code_bits,
+        "V_BITS": values.code_bits,
+        "PAGE": page or 0,
+        "CAUSAL": options.is_causal,
+        "WINDOW": options.window is not None,
+        "SOFT_CAP": options.soft_cap or 0.0,
+        "ROTATE": keys.rotation == "hadamard",
+        "BLOCK_R": config.block_r,
+        "BLOCK_S": config.block_s,
     }
 
 
-def stages(config: tuning.ScoreConfig, *addresses: int) -> int:
+def merge_constants(splits: int, values: Quantizer, sinks: bool) -> dict[str, Any]:
+    """What the kernel that joins the parts of attention is compiled for."""
+    return {
+        "BLOCK_SPLITS": tuning.next_power_of_two(splits),
+        "D": values.head_dim,
+        "BLOCK_D": tuning.next_power_of_two(values.head_dim),
+        "SINKS": sinks,
+        "UNROTATE": values.rotation == "hadamard",
+    }
+
+
+def stages(config: Any, *addresses: int) -> int:
     """STAGES of the Gluon kernel: asynchronous copies take 16 bytes, so all bases, strides and rows must allow it."""
     return config.num_stages if all(address % 16 == 0 for address in addresses) else 1

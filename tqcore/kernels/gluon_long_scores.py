@@ -10,7 +10,7 @@ bit, as `tqcore.kernels.gluon_scores`, which does all in one launch and suits fe
 
 and every change of layout is a renaming of registers (`assert_trivial`).
 
-Reads D/2 + 4 bytes a key and, from the cache, 2·D + 4 a row for every block of keys; writes 4 bytes a score.
+Reads P + 4 bytes a key and, from the cache, 2·D + 4 a row for every block of keys; writes 4 bytes a score.
 """
 
 from triton.experimental import gluon
@@ -22,6 +22,7 @@ from tqcore import tuning
 from tqcore.kernels.gluon_scores import (
     NOT_FINITE,
     _bits,
+    _code_bytes,
     _finite,
     _fixed_point,
     _levels,
@@ -35,11 +36,11 @@ GROUP = gl.constexpr(tuning.ROW_GROUP)  # rows that a program of queries_kernel 
 
 
 @gluon.constexpr_function
-def _codes_layout(BLOCK_S, BLOCK_P):
-    """[BLOCK_S, BLOCK_P]: lane t holds a quarter of the bytes of keys 4·g to 4·g + 3 of its warp's 32."""
-    registers = [[0, x] for x in _bits(1, BLOCK_P // 4)] + [[1, 0], [2, 0]] + [[x, 0] for x in _bits(128, BLOCK_S)]
-    lanes = [[0, BLOCK_P // 4], [0, BLOCK_P // 2], [4, 0], [8, 0], [16, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[32, 0], [64, 0]], [], [BLOCK_S, BLOCK_P])
+def _codes_layout(BLOCK_S, BYTES):
+    """[BLOCK_S, BYTES]: lane t holds a quarter of the bytes of keys 4·g to 4·g + 3 of its warp's 32."""
+    registers = [[0, x] for x in _bits(1, BYTES // 4)] + [[1, 0], [2, 0]] + [[x, 0] for x in _bits(128, BLOCK_S)]
+    lanes = [[0, BYTES // 4], [0, BYTES // 2], [4, 0], [8, 0], [16, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[32, 0], [64, 0]], [], [BLOCK_S, BYTES])
 
 
 @gluon.constexpr_function
@@ -59,6 +60,7 @@ def queries_kernel(
     factor_ptr,  # [B·K, groups·GROUP] float32: unit·2^e
     R,
     D: gl.constexpr,
+    BITS: gl.constexpr,
     PLANES: gl.constexpr,
     BLOCK_P: gl.constexpr,
 ):
@@ -77,7 +79,7 @@ def queries_kernel(
 
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     L: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    first, second = _query_operands(n, GROUP, BLOCK_P, L)
+    first, second = _query_operands(n, GROUP, BLOCK_P, BITS, L)
     i = gl.arange(0, 2 * GROUP, layout=gl.SliceLayout(1, L))[:, None]
     line = (head * groups + group) * 2 * GROUP + i % GROUP * 2 + i // GROUP
     at = planes_ptr + line * 2 * BLOCK_P + gl.arange(0, BLOCK_P, layout=gl.SliceLayout(0, L))[None, :]
@@ -96,9 +98,11 @@ def _copy(planes_ptr, to, line, lines, LINES: gl.constexpr, BLOCK_P: gl.constexp
 
 
 @gluon.jit
-def _key_operand(codes, w0, w1, w2, w3, mma: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr):
+def _key_operand(
+    codes, high, words, mma: gl.constexpr, BITS: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr
+):
     """Levels [BLOCK_S, 2·BLOCK_P] as a left operand: what `_levels` returns first, then the other."""
-    first, second = _levels(codes, w0, w1, w2, w3)
+    first, second = _levels(codes, high, words, BITS)
     levels = gl.join(first, second).reshape([BLOCK_S // 128, 4, 8, 2, 2, 4, BLOCK_P // 16, 4, 2])
     levels = levels.permute([0, 3, 1, 4, 2, 8, 6, 5, 7]).reshape([BLOCK_S, 2 * BLOCK_P])
     return gl.convert_layout(levels, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
@@ -131,6 +135,7 @@ def scores_kernel(
     blocks,
     CODES_STRIDE_S: gl.constexpr,
     D: gl.constexpr,
+    BITS: gl.constexpr,
     PLANES: gl.constexpr,
     BLOCK_R: gl.constexpr,
     BLOCK_S: gl.constexpr,
@@ -155,16 +160,21 @@ def scores_kernel(
     # The block of keys, as left operands.
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_R, 32])
     LS: gl.constexpr = _scores_layout(BLOCK_S, BLOCK_R)
-    LK: gl.constexpr = _codes_layout(BLOCK_S, BLOCK_P)
+    BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
+    LK: gl.constexpr = _codes_layout(BLOCK_S, BYTES)
+    LH: gl.constexpr = _codes_layout(BLOCK_S, BYTES // 2)
+    LN: gl.constexpr = gl.SliceLayout(1, LS)
     codes_ptr += batch * codes_stride_b + kv_head * codes_stride_k + start * CODES_STRIDE_S
     norms_ptr += batch * norms_stride_b + kv_head * norms_stride_k + start
-    codes, norm = _load(codes_ptr, norms_ptr, 0, count, LK, gl.SliceLayout(1, LS), CODES_STRIDE_S, D, BLOCK_S, BLOCK_P)
+    codes, high, norm = _load(
+        codes_ptr, norms_ptr, 0, count, LK, LH, LN, CODES_STRIDE_S, D, BITS, BLOCK_S, BLOCK_P
+    )  # fmt: skip
     norm = _finite(norm)
-    w0, w1, w2, w3 = gl.load(table_ptr), gl.load(table_ptr + 1), gl.load(table_ptr + 2), gl.load(table_ptr + 3)
-    keys = _key_operand(codes, w0, w1, w2, w3, mma, BLOCK_S, BLOCK_P)
+    words = gl.load(table_ptr), gl.load(table_ptr + 1), gl.load(table_ptr + 2), gl.load(table_ptr + 3)
+    keys = _key_operand(codes, high, words, mma, BITS, BLOCK_S, BLOCK_P)
     if PLANES == 2:
-        w4, w5, w6, w7 = gl.load(table_ptr + 4), gl.load(table_ptr + 5), gl.load(table_ptr + 6), gl.load(table_ptr + 7)
-        low_keys = _key_operand(codes, w4, w5, w6, w7, mma, BLOCK_S, BLOCK_P)
+        words = gl.load(table_ptr + 4), gl.load(table_ptr + 5), gl.load(table_ptr + 6), gl.load(table_ptr + 7)
+        low_keys = _key_operand(codes, high, words, mma, BITS, BLOCK_S, BLOCK_P)
 
     row = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, LS))
     column = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, LS))

@@ -2,7 +2,7 @@
 
     score[r, s] = (Σ_d n[r, d] · level[index[s, d]]) · (norm[s] · (unit · 2^e[r]))       q[r] ≈ n[r] · 2^e[r]
 
-Reads D/2 + 4 bytes a key, once for all R = T·G query rows of a key head, and writes 4·R bytes.
+Reads P + 4 bytes a key, P = D·BITS/8, once for all R = T·G query rows of a key head, and writes 4·R bytes.
 Equals `tqcore.reference.fused_qk_scores` bit for bit. Its Pallas twin is `tqjax/pallas_scores.py`.
 
 Source: the exact integer score of docs/format.md; byte permutes: PTX ISA, `prmt`.
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tqcore import fixed_point
+from tqcore.kernels import lookup
 
 CARRY, BIAS = (tl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
 ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
@@ -22,35 +23,63 @@ ROUNDER_BITS = tl.constexpr(fixed_point.ROUNDER_BITS)
 SMALLEST_NORMAL = tl.constexpr(fixed_point.SMALLEST_NORMAL)
 NOT_FINITE = tl.constexpr(128)  # in place of an exponent
 
-# The table entries of the high nibbles of four bytes $2 to $0, of their low nibbles to $1; the 16-byte table
-# is $3 $7 $11 $15. A selector of `prmt` takes 8 table bytes by three bits; the fourth then picks the half.
-LOOKUP = tl.constexpr("""{
-.reg .b32 select, pick, a, b, front, back;
-and.b32 select, $2, 0x77777777;
-shr.u32 pick, $2, 1;
-lop3.b32 pick, pick, 0x44444444, 0x32103210, 0xEA;
-prmt.b32 a, $3, $7, select;
-prmt.b32 b, $11, $15, select;
-prmt.b32 front, a, b, pick;
-shr.u32 select, select, 16;
-shr.u32 pick, pick, 16;
-prmt.b32 a, $3, $7, select;
-prmt.b32 b, $11, $15, select;
-prmt.b32 back, a, b, pick;
-prmt.b32 $0, front, back, 0x7531;
-prmt.b32 $1, front, back, 0x6420;
-}""")
-LOOKUP_CONSTRAINTS = tl.constexpr("=r,=r,r" + ",r" * 16)
+LOOKUP_2, LOOKUP_3, LOOKUP_4 = (tl.constexpr(lookup.in_order(bits)) for bits in lookup.BITS)
+CONSTRAINTS_2, CONSTRAINTS_3, CONSTRAINTS_4 = (
+    tl.constexpr(lookup.constraints(bits, lookup.FIELDS[bits])) for bits in lookup.BITS
+)
+SHIFT, SHIFT_CONSTRAINTS = tl.constexpr(lookup.SHIFT), tl.constexpr(lookup.SHIFT_CONSTRAINTS)
 
 
 @triton.jit
-def _levels(codes, w0, w1, w2, w3, PTX: tl.constexpr):
-    """The int8 table entries of the high and of the low nibble of each byte."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            LOOKUP, LOOKUP_CONSTRAINTS, [codes, w0, w1, w2, w3], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
-        )
-    return _level(codes >> 4, w0, w1, w2, w3), _level(codes & 15, w0, w1, w2, w3)
+def _load_codes(key_ptr, inside, D: tl.constexpr, BLOCK_P: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Codes of keys that start at key_ptr [keys, 1], zeros where not `inside`: what `_levels` takes.
+
+    Bytes of codes, or of the low plane, and for each of them a byte with its high bits.
+    """
+    BYTES: tl.constexpr = BLOCK_P if BITS == 4 else BLOCK_P // 2
+    LIVE: tl.constexpr = D // 2 if BITS == 4 else D // 4
+    p = tl.arange(0, BYTES)[None, :]
+    codes = tl.load(key_ptr + p, mask=inside & (p < LIVE), other=0)
+    high = tl.zeros_like(codes)
+    if BITS == 3:
+        half = tl.arange(0, BYTES // 2)[None, :]
+        plane = tl.load(key_ptr + LIVE + half, mask=inside & (half < D // 8), other=0)
+        if PTX:
+            shifted = tl.inline_asm_elementwise(SHIFT, SHIFT_CONSTRAINTS, [plane], dtype=tl.uint8, is_pure=True, pack=4)
+        else:
+            shifted = plane << 2
+        high = tl.reshape(tl.join(plane, shifted), codes.shape)
+    return codes, high
+
+
+@triton.jit
+def _levels(codes, high, w0, w1, w2, w3, BITS: tl.constexpr, PTX: tl.constexpr):
+    """The int8 table entries of the even and of the odd coordinates."""
+    if BITS == 4:
+        if PTX:
+            even, odd = tl.inline_asm_elementwise(
+                LOOKUP_4, CONSTRAINTS_4, [codes, w0, w1, w2, w3], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            )
+        else:
+            even, odd = _level(codes >> 4, w0, w1, w2, w3), _level(codes & 15, w0, w1, w2, w3)
+    else:
+        if PTX and BITS == 3:
+            a, b, c, d = tl.inline_asm_elementwise(
+                LOOKUP_3, CONSTRAINTS_3, [codes, high, w0, w1], dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+                is_pure=True, pack=4,
+            )  # fmt: skip
+        elif PTX:
+            a, b, c, d = tl.inline_asm_elementwise(
+                LOOKUP_2, CONSTRAINTS_2, [codes, w0], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+            )
+        else:
+            a = _level(codes >> 6 | (high >> 5 & 4), w0, w1, w2, w3)
+            b = _level((codes >> 4 & 3) | (high >> 4 & 4), w0, w1, w2, w3)
+            c = _level((codes >> 2 & 3) | (high >> 1 & 4), w0, w1, w2, w3)
+            d = _level((codes & 3) | (high & 4), w0, w1, w2, w3)
+        even = tl.reshape(tl.join(a, c), [codes.shape[0], 2 * codes.shape[1]])
+        odd = tl.reshape(tl.join(b, d), [codes.shape[0], 2 * codes.shape[1]])
+    return even, odd
 
 
 @triton.jit
@@ -132,6 +161,7 @@ def scores_kernel(
     blocks,
     CODES_STRIDE_S: tl.constexpr,
     D: tl.constexpr,
+    BITS: tl.constexpr,
     PLANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -175,17 +205,15 @@ def scores_kernel(
         inside = s < count
         norm = _finite(norm_ahead, PTX)  # loaded a step ahead, since Triton stages only what dots take
         norm_ahead = tl.load(norms_ptr + BLOCK_S + s, mask=BLOCK_S + s < count, other=0.0)
-        codes = tl.load(
-            codes_ptr + s[:, None] * CODES_STRIDE_S + p[None, :], mask=inside[:, None] & (p[None, :] < D // 2), other=0
-        )
-        levels_even, levels_odd = _levels(codes, w0, w1, w2, w3, PTX)
+        codes, high = _load_codes(codes_ptr + s[:, None] * CODES_STRIDE_S, inside[:, None], D, BLOCK_P, BITS, PTX)
+        levels_even, levels_odd = _levels(codes, high, w0, w1, w2, w3, BITS, PTX)
         hi, lo = _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S, BLOCK_R)
         if PLANES == 1:
             total = (hi * 128 + lo).to(tl.float32)
         else:
             w4, w5 = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
             w6, w7 = tl.load(table_ptr + 6), tl.load(table_ptr + 7)
-            levels_even, levels_odd = _levels(codes, w4, w5, w6, w7, PTX)
+            levels_even, levels_odd = _levels(codes, high, w4, w5, w6, w7, BITS, PTX)
             hi_low, lo_low = _products(levels_even, levels_odd, q_even, q_odd, BLOCK_S, BLOCK_R)
             total = hi.to(tl.float32) * 128.0 + (hi_low + lo).to(tl.float32)
             total = total * 128.0 + lo_low.to(tl.float32)
