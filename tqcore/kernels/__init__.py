@@ -97,12 +97,11 @@ def compress_launch(
     half, codebook = 2 ** (bits - 1), quantizer.codebook
     if encode:
         constants["BOUNDARIES"] = tuple(codebook.boundaries[half:].tolist())
-    lanes, num_warps = (8, 1) if length < FEW_VECTORS else (4, 4)
-    lanes = min(lanes, head_dim // 8)
-    block_v = 32 // lanes * num_warps
+    lanes = min(8 if length < FEW_VECTORS else 4, head_dim // 8)
+    block_v = 32 // lanes  # one warp, in which Triton's layouts of [BLOCK_V, lanes] agree
     constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": _centroid_words(codebook.centroids[half:])}
     constants |= {"TILED": length % block_v == 0, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
-    return name, constants, num_warps
+    return name, constants, 1
 
 
 def _centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:

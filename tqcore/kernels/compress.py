@@ -272,17 +272,15 @@ def _store_codes(codes_ptr, group, word, live, D: tl.constexpr, BITS: tl.constex
 @triton.jit
 def places(vectors, K, T, V: tl.constexpr, TILED: tl.constexpr):
     """(b, k, t, whether there is such a vector) of a program's V vectors of [B, K, T]; TILED: T is a multiple of V."""
-    first = tl.program_id(0).to(tl.int64) * V
     if TILED:
-        head = first // T
-        t = first % T + tl.arange(0, V)
+        blocks = T // V
+        head = tl.program_id(0) // blocks
+        t = tl.program_id(0) % blocks * V + tl.arange(0, V)
         live = t < T
     else:
-        v = first + tl.arange(0, V)
-        live = v < vectors
-        v = v.to(tl.int32)
-        head, t = v // T, (v % T).to(tl.int64)
-    return (head // K).to(tl.int64), (head % K).to(tl.int64), t, live
+        v = tl.program_id(0) * V + tl.arange(0, V)
+        head, t, live = v // T, v % T, v < vectors
+    return (head // K).to(tl.int64), (head % K).to(tl.int64), t.to(tl.int64), live
 
 
 @triton.jit
