@@ -99,12 +99,12 @@ def compress_launch(
         constants["BOUNDARIES"] = tuple(codebook.boundaries[half:].tolist())
     lanes = min(8 if length < FEW_VECTORS else 4, head_dim // 8)
     block_v = 32 // lanes  # one warp, in which Triton's layouts of [BLOCK_V, lanes] agree
-    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": _centroid_words(codebook.centroids[half:])}
+    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": centroid_words(codebook.centroids[half:])}
     constants |= {"TILED": length % block_v == 0, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
     return name, constants, 1
 
 
-def _centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:
+def centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:
     """The first bytes of up to eight centroids in two words, then the second ones; all others are 0."""
     first, second = centroids.view(np.uint8).reshape(-1, 4)[:, :1:-1].T
     words = np.stack([np.pad(row, (0, 8 - len(row))) for row in (first, second)]).view("<i4")

@@ -113,10 +113,7 @@ def _between(x, WIDTH: tl.constexpr):
     """Butterflies of tensors WIDTH apart."""
     y = ()
     for i in tl.static_range(len(x)):
-        if i & WIDTH:
-            y = y + (x[i ^ WIDTH] - x[i],)
-        else:
-            y = y + (x[i] + x[i ^ WIDTH],)
+        y += (x[i ^ WIDTH] - x[i] if i & WIDTH else x[i] + x[i ^ WIDTH],)
     return y
 
 
@@ -128,7 +125,7 @@ def _across(x, V: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
     for i in tl.static_range(len(x)):
         bits = tl.reshape(x[i].to(tl.int32, bitcast=True), [V, L // (2 * WIDTH), 2, WIDTH])
         other = tl.reshape(bits ^ tl.xor_sum(bits, 2, keep_dims=True), [V, L]).to(tl.float32, bitcast=True)
-        y = y + (tl.fma(x[i], sign, other),)
+        y += (tl.fma(x[i], sign, other),)
     return y
 
 
@@ -144,7 +141,7 @@ def _tree_sum(x, V: tl.constexpr, L: tl.constexpr):
         for k in tl.static_range(4):
             if (L >> k) > 1:
                 total = tl.sum(tl.reshape(total, [V, 2, L >> (k + 1)]), 1)
-        lanes = lanes + (tl.reshape(total, [V]),)
+        lanes += (tl.reshape(total, [V]),)
     return _halve(_halve(_halve(lanes)))[0]
 
 
@@ -152,7 +149,7 @@ def _tree_sum(x, V: tl.constexpr, L: tl.constexpr):
 def _halve(x):
     y = ()
     for i in tl.static_range(len(x) // 2):
-        y = y + (x[i] + x[i + len(x) // 2],)
+        y += (x[i] + x[i + len(x) // 2],)
     return y
 
 
@@ -216,7 +213,7 @@ def _centroids(word, CENTROIDS: tl.constexpr, PTX: tl.constexpr):
             index = (word >> (4 * i)) & 7
             first = (tl.where(index < 4, CENTROIDS[0], CENTROIDS[1]) >> (index % 4 * 8)) & 255
             second = (tl.where(index < 4, CENTROIDS[2], CENTROIDS[3]) >> (index % 4 * 8)) & 255
-            found = found + (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
+            found += (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
     return found
 
 
@@ -308,7 +305,7 @@ def _rotate(x, table_ptr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr):
         for i in tl.static_range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
             first = x[8 * j + i] * signs[i]
             second = x[8 * j + i + 1]
-            y = y + (tl.fma(second, signs[i + 1], first), tl.fma(second, -signs[i + 1], first))
+            y += (tl.fma(second, signs[i + 1], first), tl.fma(second, -signs[i + 1], first))
     return _hadamard(y, 1, V, L)
 
 
@@ -374,8 +371,8 @@ def compress_kernel(
     scaled = ()
     squares = ()
     for i in tl.static_range(8 * J):
-        scaled = scaled + (x[i] * inverse,)
-        squares = squares + (scaled[i] * scaled[i],)
+        scaled += (x[i] * inverse,)
+        squares += (scaled[i] * scaled[i],)
     square = _tree_sum(squares, V, L)
     length = tl.sqrt_rn(square)
 
@@ -394,7 +391,7 @@ def compress_kernel(
             else:
                 low = _place(found, low, 28 - 4 * i, BITS)
             signs = (signs << 4) | (opposite.to(tl.uint32, bitcast=True) >> 28)
-            magnitudes = magnitudes + (tl.abs(opposite),)
+            magnitudes += (tl.abs(opposite),)
         word = (low.to(tl.int32, bitcast=True) & 0xFFFF) | (high.to(tl.int32, bitcast=True) << 16)
         positive = (signs.to(tl.int32, bitcast=True) >> 3 & 0x11111111) << (BITS - 1)
         index = _indices(tl.where(usable[:, None], word | positive, 0), BITS)
@@ -403,7 +400,7 @@ def compress_kernel(
         if CORRECTED:
             centroids = _centroids(word, CENTROIDS, PTX)
             for i in tl.static_range(8):
-                products = products + (magnitudes[7 - i ^ 1] * centroids[i ^ 1],)
+                products += (magnitudes[7 - i ^ 1] * centroids[i ^ 1],)
     norm = length
     if CORRECTED:
         along = _tree_sum(products, V, L)

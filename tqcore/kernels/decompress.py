@@ -106,7 +106,7 @@ def decompress_kernel(
         centroids = _centroids(word & (0x11111111 * (2 ** (BITS - 1) - 1)), CENTROIDS, PTX)
         for i in tl.static_range(8):
             negative = (~word << (31 - 4 * (i ^ 1) - (BITS - 1))) & SIGN_BIT
-            x = x + ((centroids[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
+            x += ((centroids[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
     if not ROTATED:
         x = _hadamard(x, 0, V, L)
     within = lane[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
