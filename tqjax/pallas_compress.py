@@ -32,9 +32,9 @@ SIGN_BIT = -(2**31)
 FEW_ROWS = 8192  # up to which they are spread over more lanes and programs
 DENSE_STEP = 32  # rows of the matrix that a step of a dense rotation takes
 
-# The centroid of nibble %d of $1, by three bits of it. The float32 of centroids end in two bytes of zeros: $2 $3 are the
-# first bytes of the eight, $4 $5 the second ones. A selector of `prmt` with its fourth bit set repeats a byte's sign,
-# which is zero. (Pallas takes one result a call; ptxas merges what the eight calls share.)
+# The centroid of a nibble of $1, by three bits of it. The float32 of centroids end in two bytes of zeros: $2 $3 are
+# the first bytes of the eight, $4 $5 the second ones. A selector of `prmt` with its fourth bit set repeats the sign of
+# a byte, which is zero. (Pallas takes one result a call; ptxas merges what the eight calls share.)
 CENTROID = """{
 .reg .b32 select, first, second;
 and.b32 select, $1, 0x77777777;
