@@ -40,6 +40,7 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer):
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
     name, constants, num_warps = compress_launch(quantizer, x.element_size(), encode=True)
+    constants["PTX"] = not INTERPRETED and torch.version.hip is None
     vectors, pages = x.shape[:3].numel(), 0 if page_table is None else page_table.shape[1]
     load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
         x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, vectors,

@@ -68,6 +68,7 @@ def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, capabili
 
 def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
     name, constants, num_warps = compress_launch(quantizer, x.dtype.itemsize, encode=True)
+    constants["PTX"] = True
     batch, heads, length = x.shape[:3]
     (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
     constants |= none | _strides("x", x.shape) | _strides("codes", outs[0].shape)

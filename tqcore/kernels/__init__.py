@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqcore import tuning
+from tqcore.fixed_point import score_table
 from tqcore.quantizer import Quantizer
 from tqcore.rotation import inverse_sqrt, matrix, signs
 
@@ -45,18 +46,18 @@ def gluon_is_tested() -> bool:
 
 @cache
 def compress_table(quantizer: Quantizer) -> NDArray[np.int32]:
-    """[32 + D or D²] int32 for encoders and decoders: bits of the positive boundaries from 0 on; from 8 on those of the
-    positive centroids, with their place in the lowest three; from 16 on all centroids; from 32 on signs or R."""
+    """[32 + D or D²] int32, bits of float32, for encoders and decoders: the positive boundaries from 0 on; at 7 the
+    step that all centroids are multiples of; from 8 on the positive centroids, their place in 16ths of a step added,
+    each less the one before; from 16 on all centroids; from 32 on signs or R."""
     codebook, half = quantizer.codebook, 2 ** (quantizer.code_bits - 1)
     table = np.zeros(32, np.float32)
     table[: half - 1] = codebook.boundaries[half:]
-    table[8 : 8 + half] = codebook.centroids[half:]
+    table[7] = step = score_table(codebook.centroids).step
+    table[8 : 8 + half] = np.diff(codebook.centroids[half:] + (np.arange(half) + 0.5) * step / 16, prepend=0)
     table[16 : 16 + 2 * half] = codebook.centroids
     of_hadamard = quantizer.rotation == "hadamard"
     rotation = signs(quantizer) if of_hadamard else matrix(quantizer).reshape(-1)
-    words = np.concatenate([table, rotation]).view(np.int32)
-    words[8 : 8 + half] |= np.arange(half, dtype=np.int32)
-    return words
+    return np.concatenate([table, rotation]).view(np.int32)
 
 
 def can_compress(quantizer: Quantizer) -> bool:

@@ -21,7 +21,9 @@ INFINITY_BITS = tl.constexpr(fixed_point.INFINITY_BITS)
 MIN_EXPONENT = tl.constexpr(fixed_point.MIN_EXPONENT)
 MIN_EXPONENT_BITS = tl.constexpr(fixed_point.MIN_EXPONENT_BITS)
 CHUNK = tl.constexpr(16)  # coordinates that a step of a dense product takes
-WORDS, CENTROIDS, ROTATION = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)  # where they start in the table
+SIGN_BIT = tl.constexpr(-(2**31))
+SHARP = tl.constexpr(2.0**48)
+STEP, WORDS, CENTROIDS, ROTATION = (tl.constexpr(i) for i in (7, 8, 16, 32))  # where they start in the table
 
 
 @triton.jit
@@ -78,49 +80,67 @@ def _signs(table_ptr, zero, D: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _search(y, bounds, words, BITS: tl.constexpr):
-    """Index, and magnitude of the centroid, of each coordinate: a binary search of |y| among boundaries times radius.
+def _above(a, bound, PTX: tl.constexpr):
+    """1.0 where a > bound, both 0 or 2^-20 to 2^20 in size, else 0.0: (a - bound)·2^48, rounded once, held to [0, 1]."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0f57800000, $2;", "=f,f,f", [a, bound * -SHARP], tl.float32, is_pure=True, pack=1
+        )
+    return tl.where(a > bound, 1.0, 0.0)
+
+
+@triton.jit
+def _sized(y, PTX: tl.constexpr):
+    """(a, u): a is y where y > 0, else the next float after |y|; u > 0 where y <= 0."""
+    if PTX:
+        u = tl.inline_asm_elementwise(
+            "fma.rz.f32 $0, $1, 0fBF800001, 0f00000001;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.maximum(y, u), u
+    bits = y.to(tl.int32, bitcast=True) & ABS_MASK
+    return tl.where(y > 0, y, _float(bits + 1)), tl.where(y > 0, -1.0, 1.0)
+
+
+@triton.jit
+def _floor_sum(a, b, PTX: tl.constexpr):
+    """a + b > 0, rounded down to a float; b is 1.5·2^23 units, and a a multiple of half a unit."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b + tl.zeros_like(a)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    total = a + b
+    return tl.where(total - b > a, _float(total.to(tl.int32, bitcast=True) - 1), total)
+
+
+@triton.jit
+def _search(y, radius, table_ptr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Index of each coordinate, and its centroid: |y| among the positive boundaries times radius.
 
     Boundaries are symmetric. A coordinate on one takes the lower index, so that of a negative y the magnitude counts
-    as the next float. The word of a centroid is its bits and its place among the positive ones in the lowest three.
+    as the next float. One sum over the boundaries below it holds the centroid, a multiple of `step`, and the place m
+    among the positive ones as (m + 1/2)·step/16; with the sign of y and `unit` it ends in the bits of the index.
     """
     half: tl.constexpr = 1 << (BITS - 1)
-    positive = y > 0
-    a = y.to(tl.int32, bitcast=True) & ABS_MASK
-    a = tl.where(positive, a, a + 1)
-    if BITS == 1:
-        word = tl.where(positive, words[0], words[0])
-    elif BITS == 2:
-        word = tl.where(a > bounds[0], words[1], words[0])
-    elif BITS == 3:
-        high = a > bounds[1]
-        low = a > tl.where(high, bounds[2], bounds[0])
-        word = tl.where(low, tl.where(high, words[3], words[1]), tl.where(high, words[2], words[0]))
-    else:
-        high = a > bounds[3]
-        middle = a > tl.where(high, bounds[5], bounds[1])
-        low = a > tl.where(middle, tl.where(high, bounds[6], bounds[2]), tl.where(high, bounds[4], bounds[0]))
-        even = tl.where(middle, tl.where(high, words[6], words[2]), tl.where(high, words[4], words[0]))
-        odd = tl.where(middle, tl.where(high, words[7], words[3]), tl.where(high, words[5], words[1]))
-        word = tl.where(low, odd, even)
-    return (word & 7) ^ tl.where(positive, half, half - 1), _float(word & -8)
+    a, u = _sized(y, PTX)
+    word = _float(tl.load(table_ptr + WORDS)) + tl.zeros_like(y)
+    for i in tl.static_range(half - 1):
+        bound = _float(tl.load(table_ptr + i)) * radius
+        rise = _float(tl.load(table_ptr + WORDS + 1 + i))
+        word = _accumulated(_above(a, bound, PTX), rise, word, PTX)
+    word = _float(word.to(tl.int32, bitcast=True) | (~u.to(tl.int32, bitcast=True) & SIGN_BIT))
+    step = _float(tl.load(table_ptr + STEP))
+    index = _floor_sum(word, step * (786432.0 + half / 16), PTX).to(tl.int32, bitcast=True) & (2 * half - 1)
+    rounder = step * 12582912.0
+    return index, (word + rounder) - rounder
 
 
 @triton.jit
-def _bounds(radius, table_ptr, BITS: tl.constexpr):
-    """The bits of the positive boundaries times radius."""
-    bounds = ()
-    for i in tl.static_range((1 << (BITS - 1)) - 1):
-        bounds += ((_float(tl.load(table_ptr + i)) * radius).to(tl.int32, bitcast=True),)
-    return bounds
-
-
-@triton.jit
-def _words(table_ptr, BITS: tl.constexpr):
-    words = ()
-    for i in tl.static_range(1 << (BITS - 1)):
-        words += (tl.load(table_ptr + WORDS + i),)
-    return words
+def _accumulated(a, b, c, PTX: tl.constexpr):
+    """a·b + c, exact."""
+    if PTX:
+        b += tl.zeros_like(a)
+        return tl.inline_asm_elementwise("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, True, 1)
+    return a * b + c
 
 
 @triton.jit
@@ -219,6 +239,7 @@ def compress_kernel(
     D: tl.constexpr,
     BITS: tl.constexpr,
     CORRECTED: tl.constexpr,
+    PTX: tl.constexpr,
     SCALE: tl.constexpr,  # 1/√D
     BLOCK_V: tl.constexpr,
     CHUNK_X: tl.constexpr,  # coordinates that a thread loads at once
@@ -247,10 +268,9 @@ def compress_kernel(
     length = tl.sqrt_rn(squares)
 
     y = _hadamard(scaled * _signs(table_ptr, tl.where(live, 0, 0), D, BLOCK_V), BLOCK_V, D) * SCALE
-    bounds = _bounds(tl.where(usable, length, 1.0)[:, None], table_ptr, BITS)
-    index, magnitude = _search(y, bounds, _words(table_ptr, BITS), BITS)
+    index, centroid = _search(y, tl.where(usable, length, 1.0)[:, None], table_ptr, BITS, PTX)
     if CORRECTED:
-        length = tl.div_rn(squares, tl.where(usable, _tree_sum(tl.abs(y) * magnitude, BLOCK_V, D), 1.0))
+        length = tl.div_rn(squares, tl.where(usable, _tree_sum(y * centroid, BLOCK_V, D), 1.0))
     tl.store(norm_ptr, tl.where(finite, length * _power_of_two(e), float("nan")), mask=inside)
     if BITS == 3:
         _store_bytes(code_row_ptr, _packed(index & 3, BLOCK_V, D, 2), inside, BLOCK_V, D // 4, CHUNK_P)
@@ -322,6 +342,7 @@ def dense_compress_kernel(
     D: tl.constexpr,
     BITS: tl.constexpr,
     CORRECTED: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -346,10 +367,9 @@ def dense_compress_kernel(
     length = tl.sqrt_rn(squares)
 
     y = _rotated(x_row_ptr, center_row_ptr, usable, inverse, live, table_ptr, D, BLOCK_D, BLOCK_V)
-    bounds = _bounds(tl.where(usable, length, 1.0)[:, None], table_ptr, BITS)
-    index, magnitude = _search(y, bounds, _words(table_ptr, BITS), BITS)
+    index, centroid = _search(y, tl.where(usable, length, 1.0)[:, None], table_ptr, BITS, PTX)
     if CORRECTED:
-        along = tl.sum(tl.where(d[None, :] < D, tl.abs(y) * magnitude, 0.0), 1)
+        along = tl.sum(tl.where(d[None, :] < D, y * centroid, 0.0), 1)
         length = tl.div_rn(squares, tl.where(usable, along, 1.0))
     tl.store(norm_ptr, tl.where(finite, length * _power_of_two(e), float("nan")), mask=inside)
     if BITS == 3:
