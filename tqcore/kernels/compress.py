@@ -62,6 +62,15 @@ def _tree_sum(x, V: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _tree_max(x, V: tl.constexpr, N: tl.constexpr):
+    """[V, N] -> [V]: NaN where there is one."""
+    for i in tl.static_range(N.bit_length() - 1):
+        a, b = tl.split(tl.permute(tl.reshape(x, [V, 2, N >> (i + 1)]), [0, 2, 1]))
+        x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    return tl.reshape(x, [V])
+
+
+@triton.jit
 def _hadamard(x, V: tl.constexpr, N: tl.constexpr):
     """H x of [V, N] by butterflies of width 1, 2, 4, …"""
     for i in tl.static_range(N.bit_length() - 1):
@@ -193,17 +202,17 @@ def _store_bytes(row_ptr, codes, live, V: tl.constexpr, N: tl.constexpr, CHUNK: 
 @triton.jit
 def _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M):
     """Row of the first axis, head, position and whether there is such a place, of vector v of [B, K, T]."""
-    row, k, position, inside = v // (K * T), v // T % K, v % T, live
+    row, k, position, inside = (v // (K * T)).to(tl.int64), (v // T % K).to(tl.int64), (v % T).to(tl.int64), live
     if starts_ptr is not None:
         position += tl.load(starts_ptr + row, mask=live, other=0)
         if pages_ptr is None:
             inside = live & (position >= 0) & (position < S)
         else:
             inside = live & (position >= 0) & (position < M * S)
-            page = row * M + tl.where(inside, position, 0) // S
-            row = tl.load(pages_ptr + page, mask=inside, other=-1).to(tl.int64)
+            place = tl.where(inside, position, 0).to(tl.int32)
+            row = tl.load(pages_ptr + row * M + place // S, mask=inside, other=-1).to(tl.int64)
             inside = inside & (row >= 0) & (row < N)
-            position = position % S
+            position = place % S
     return row, k, position, inside
 
 
@@ -245,10 +254,10 @@ def compress_kernel(
     CHUNK_X: tl.constexpr,  # coordinates that a thread loads at once
     CHUNK_P: tl.constexpr,  # bytes that it stores at once
 ):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     live = v < vectors
     row, k, position, inside = _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M)
-    b, t = v // (K * T), v % T
+    b, t = (v // (K * T)).to(tl.int64), (v % T).to(tl.int64)
     x_row_ptr = (x_ptr + b * x_stride_b + k * x_stride_k + t * x_stride_t)[:, None]
     center_row_ptr = None
     if center_ptr is not None:
@@ -256,14 +265,14 @@ def compress_kernel(
     norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
 
-    # x̃ = x·2^-e, and zeros for what has no direction.
+    # x̃ = x·2^-e; x·0 for what has no direction, whose coordinates, zeros or NaN, get the codes of +0.
     x = ()
     for chunk in tl.static_range(D // CHUNK_X):
         d = chunk * CHUNK_X + tl.arange(0, CHUNK_X)
         x += (_loaded(x_row_ptr, center_row_ptr, d, live, D),)
     x = _side_by_side(x, 0, D // CHUNK_X, BLOCK_V, CHUNK_X)
-    finite, usable, e = _exponent(tl.max(x.to(tl.int32, bitcast=True) & ABS_MASK, 1))
-    scaled = tl.where(usable[:, None], x, 0.0) * _power_of_two(-e)[:, None]
+    finite, usable, e = _exponent(_tree_max(tl.abs(x), BLOCK_V, D).to(tl.int32, bitcast=True))
+    scaled = x * tl.where(usable, _power_of_two(-e), 0.0)[:, None]
     squares = _tree_sum(scaled * scaled, BLOCK_V, D)
     length = tl.sqrt_rn(squares)
 
@@ -280,24 +289,18 @@ def compress_kernel(
 
 
 @triton.jit
-def _rotated(x_row_ptr, center_row_ptr, usable, inverse, live, table_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _rotated(x_row_ptr, center_row_ptr, inverse, live, table_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr,
              BLOCK_V: tl.constexpr):  # fmt: skip
     """R x̃ [BLOCK_V, BLOCK_D] by a product in float32, of x read once more."""
     i = tl.arange(0, BLOCK_D)
     y = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     for first in range(0, D, CHUNK):
         d = first + tl.arange(0, CHUNK)
-        x = _scaled(x_row_ptr, center_row_ptr, d, usable, inverse, live, D)
+        x = _loaded(x_row_ptr, center_row_ptr, d, live, D) * inverse[:, None]
         inside = (i[None, :] < D) & (d[:, None] < D)
         r = _float(tl.load(table_ptr + ROTATION + i[None, :] * D + d[:, None], mask=inside, other=0))
         y += tl.dot(x, r, input_precision="ieee")
     return y
-
-
-@triton.jit
-def _scaled(x_row_ptr, center_row_ptr, d, usable, inverse, live, D: tl.constexpr):
-    x = _loaded(x_row_ptr, center_row_ptr, d, live, D)
-    return tl.where(usable[:, None], x, 0.0) * inverse[:, None]
 
 
 @triton.jit
@@ -346,10 +349,10 @@ def dense_compress_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     live = v < vectors
     row, k, position, inside = _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M)
-    b, t = v // (K * T), v % T
+    b, t = (v // (K * T)).to(tl.int64), (v % T).to(tl.int64)
     x_row_ptr = (x_ptr + b * x_stride_b + k * x_stride_k + t * x_stride_t)[:, None]
     center_row_ptr = None
     if center_ptr is not None:
@@ -357,16 +360,16 @@ def dense_compress_kernel(
     norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
 
-    # x̃ = x·2^-e, and zeros for what has no direction.
+    # x̃ = x·2^-e; x·0 for what has no direction, whose coordinates, zeros or NaN, get the codes of +0.
     d = tl.arange(0, BLOCK_D)
     x = _loaded(x_row_ptr, center_row_ptr, d, live, D)
     finite, usable, e = _exponent(tl.max(x.to(tl.int32, bitcast=True) & ABS_MASK, 1))
-    inverse = _power_of_two(-e)
-    scaled = tl.where(usable[:, None], x, 0.0) * inverse[:, None]
+    inverse = tl.where(usable, _power_of_two(-e), 0.0)
+    scaled = x * inverse[:, None]
     squares = tl.sum(scaled * scaled, 1)
     length = tl.sqrt_rn(squares)
 
-    y = _rotated(x_row_ptr, center_row_ptr, usable, inverse, live, table_ptr, D, BLOCK_D, BLOCK_V)
+    y = _rotated(x_row_ptr, center_row_ptr, inverse, live, table_ptr, D, BLOCK_D, BLOCK_V)
     index, centroid = _search(y, tl.where(usable, length, 1.0)[:, None], table_ptr, BITS, PTX)
     if CORRECTED:
         along = tl.sum(tl.where(d[None, :] < D, y * centroid, 0.0), 1)
