@@ -10,7 +10,7 @@ from cases import DTYPES
 
 import tq_torch
 import tqcore
-from tqcore import Quantizer
+from tqcore import Quantizer, kernels
 from tqcore.packing import unpack
 
 
@@ -92,8 +92,9 @@ def encoded(case, strided=False):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-def test_encoders_give_the_oracles_bits(case, strided):
+@pytest.mark.parametrize(("strided", "few"), [(False, 10**9), (True, 0)], ids=["contiguous-few", "strided-many"])
+def test_encoders_give_the_oracles_bits(case, strided, few, monkeypatch):
+    monkeypatch.setattr(kernels, "FEW_VECTORS", few)
     x, center = vectors(case)
     check(case, *encoded(case, strided), tqcore.compress(x, case.quantizer, center=center))
 
@@ -129,14 +130,17 @@ POINTERS = {"x_ptr": "*bf16", "codes_ptr": "*u8", "norms_ptr": "*fp32", "table_p
 POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32"}
 
 
-def compiled(name, head_dim, bits, capability):
+def compiled(name, head_dim, bits, vectors, capability):
     """Resources of one kernel, which appends to pages where it encodes."""
     from cubin import compile_kernel, resources
 
     from tqcore.kernels import compress_launch, load
 
-    _, constants, num_warps = compress_launch(Quantizer(head_dim, bits), 2, encode=not name.endswith("decompress"))
+    _, constants, num_warps = compress_launch(
+        Quantizer(head_dim, bits), 2, vectors, encode=not name.endswith("decompress")
+    )
     constants |= {"center_ptr": None, "codes_in_ptr": None, "norms_in_ptr": None, "norms_stride_s": 1, "ROTATED": False}
+    constants["PTX"] = True
     kernel = load(name)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {n: POINTERS.get(n, "i32:16") for n in kernel.arg_names if n not in constants}
@@ -146,16 +150,16 @@ def compiled(name, head_dim, bits, capability):
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "bits"),
-    [("compress", 128, 4), ("compress", 64, 3), ("decompress", 128, 4), ("dense_compress", 80, 3),
-     ("dense_decompress", 80, 4)],
+    ("name", "head_dim", "bits", "vectors"),
+    [("compress", 128, 4, 10**6), ("compress", 64, 3, 10**6), ("compress", 128, 4, 512), ("compress", 64, 3, 512),
+     ("decompress", 128, 4, 512), ("dense_compress", 80, 3, 512), ("dense_decompress", 80, 4, 512)],
 )  # fmt: skip
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles(in_compiling_process, name, head_dim, bits, capability, record_property):
-    taken = in_compiling_process(compiled, name, head_dim, bits, capability)
+def test_compiles(in_compiling_process, name, head_dim, bits, vectors, capability, record_property):
+    taken = in_compiling_process(compiled, name, head_dim, bits, vectors, capability)
     record_property(
         "resources",
-        f"{name:<16} sm_{capability:<4} D={head_dim:<4} bits={bits}: {taken.registers:>3} registers, "
+        f"{name:<16} sm_{capability:<4} D={head_dim:<4} bits={bits} {vectors} vectors: {taken.registers:>3} registers, "
         f"{taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
     )
     assert taken.cubin_bytes > 0 and taken.shared_bytes < 99 * 1024

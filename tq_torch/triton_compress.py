@@ -39,9 +39,9 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer):
     x = x if x.stride(3) == 1 else x.contiguous()
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
-    name, constants, num_warps = compress_launch(quantizer, x.element_size(), encode=True)
-    constants["PTX"] = not INTERPRETED and torch.version.hip is None
     vectors, pages = x.shape[:3].numel(), 0 if page_table is None else page_table.shape[1]
+    name, constants, num_warps = compress_launch(quantizer, x.element_size(), vectors, encode=True)
+    constants["PTX"] = not INTERPRETED and torch.version.hip is None
     load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
         x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, vectors,
         *x.stride()[:3], *((0, 0, 0) if center is None else center.stride()[:3]), *codes.stride()[:3], *norms.stride(),
@@ -56,8 +56,8 @@ def decompress(codes, norms, quantizer, dtype, rotated):
     if codes.ndim != 4:
         codes, norms = codes.reshape(1, -1, *codes.shape[-2:]), norms.reshape(1, -1, norms.shape[-1])
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
-    name, constants, num_warps = compress_launch(quantizer, out.element_size(), encode=False)
     vectors = norms.numel()
+    name, constants, num_warps = compress_launch(quantizer, out.element_size(), vectors, encode=False)
     load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
         codes, norms, None, _table(quantizer, codes.device), out, vectors,
         *codes.stride()[:3], *norms.stride(), 0, 0, 0, codes.shape[1], codes.shape[2],

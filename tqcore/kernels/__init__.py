@@ -22,6 +22,7 @@ KERNELS = {
     "decompress": ("decompress", "decompress_kernel"),
     "dense_decompress": ("decompress", "dense_decompress_kernel"),
 }
+FEW_VECTORS = 16384  # up to so many a warp encodes each, where otherwise a thread does
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 
@@ -65,7 +66,9 @@ def can_compress(quantizer: Quantizer) -> bool:
     return 8 <= quantizer.head_dim <= tuning.MAX_HEAD_DIM
 
 
-def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tuple[str, dict[str, Any], int]:
+def compress_launch(
+    quantizer: Quantizer, itemsize: int, vectors: int, *, encode: bool
+) -> tuple[str, dict[str, Any], int]:
     """Name, constants and warps of an encoder of vectors, or a decoder to vectors, of `itemsize` bytes a coordinate."""
     head_dim, bits = quantizer.head_dim, quantizer.code_bits
     constants: dict[str, Any] = {"D": head_dim, "BITS": bits}
@@ -75,7 +78,12 @@ def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tup
     if quantizer.rotation != "hadamard":
         block_d = max(32, tuning.next_power_of_two(head_dim))
         return f"dense_{name}", constants | {"BLOCK_V": 16 if block_d > 128 else 32, "BLOCK_D": block_d}, 4
-    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "BLOCK_V": 32, "CHUNK_X": min(head_dim, 16 // itemsize)}
+    constants["SCALE"] = float(inverse_sqrt(head_dim))
+    if encode:
+        constants["SHARED"] = vectors <= FEW_VECTORS
+        if constants["SHARED"]:
+            return name, constants | {"BLOCK_V": 4, "CHUNK_X": head_dim, "CHUNK_P": head_dim}, 4
+    constants |= {"BLOCK_V": 32, "CHUNK_X": min(head_dim, 16 // itemsize)}
     return name, constants | {"CHUNK_P": 16}, 1
 
 

@@ -3,8 +3,9 @@
     norm, index_d = number of boundaries b with b·‖x‖ < (R x)_d
 
 Reads each vector once and writes D·bits/8 + 4 bytes. With a Hadamard rotation a thread holds a whole vector, which it
-loads and stores 16 bytes at a time: no butterfly leaves it, and every sum has the order of `tqcore.reference`. With any
-other rotation (`dense_*`) a program multiplies an array [BLOCK_V, BLOCK_D] by R in float32.
+loads and stores 16 bytes at a time, and no butterfly leaves it; of few vectors a warp shares each, and butterflies are
+shuffles. Every sum has the order of `tqcore.reference`. With any other rotation (`dense_*`) a program multiplies an
+array [BLOCK_V, BLOCK_D] by R in float32.
 Constants come in one array: boundaries, words, centroids, and the rotation (`tqcore.kernels.compress_table`).
 
 Source: docs/format.md, section 4.
@@ -80,17 +81,48 @@ def _hadamard(x, V: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _signs(table_ptr, zero, D: tl.constexpr, V: tl.constexpr):
-    """[V, D]: every thread loads them all."""
+def _partners(x, V: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """x[:, d ^ WIDTH], by shuffles where threads share a vector."""
+    return tl.gather(x, tl.broadcast_to((tl.arange(0, N) ^ WIDTH)[None, :], [V, N]), 1)
+
+
+@triton.jit
+def _shared_tree_sum(x, V: tl.constexpr, N: tl.constexpr):
+    """`_tree_sum` where threads share a vector: every place adds the same two numbers."""
+    for i in tl.static_range(N.bit_length() - 1):
+        x += _partners(x, V, N, N >> (i + 1))
+    return _float(tl.max(x.to(tl.int32, bitcast=True), 1))
+
+
+@triton.jit
+def _shared_hadamard(x, V: tl.constexpr, N: tl.constexpr):
+    """`_hadamard` where threads share a vector."""
+    for i in tl.static_range(N.bit_length() - 1):
+        first = ((tl.arange(0, N) >> i) & 1 == 0)[None, :]
+        x = _partners(x, V, N, 1 << i) + tl.where(first, x, -x)
+    return x
+
+
+@triton.jit
+def _sum(x, V: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr):
+    if SHARED:
+        return _shared_tree_sum(x, V, N)
+    else:
+        return _tree_sum(x, V, N)
+
+
+@triton.jit
+def _signs(table_ptr, zero, D: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr = 4):
+    """[V, D]: every thread loads all of its own, CHUNK at once."""
     signs = ()
-    for chunk in tl.static_range(D // 4):
-        signs += (_float(tl.load(table_ptr + ROTATION + chunk * 4 + tl.arange(0, 4)[None, :] + zero[:, None])),)
-    return _side_by_side(signs, 0, D // 4, V, 4)
+    for chunk in tl.static_range(D // CHUNK):
+        signs += (_float(tl.load(table_ptr + ROTATION + chunk * CHUNK + tl.arange(0, CHUNK)[None, :] + zero[:, None])),)
+    return _side_by_side(signs, 0, D // CHUNK, V, CHUNK)
 
 
 @triton.jit
 def _above(a, bound, PTX: tl.constexpr):
-    """1.0 where a > bound, both 0 or 2^-20 to 2^20 in size, else 0.0: (a - bound)·2^48, rounded once, held to [0, 1]."""
+    """1.0 where a > bound, else 0.0: (a - bound)·2^48, rounded once and held to [0, 1]; bound is 2^-20 to 2^20."""
     if PTX:
         return tl.inline_asm_elementwise(
             "fma.rn.sat.f32 $0, $1, 0f57800000, $2;", "=f,f,f", [a, bound * -SHARP], tl.float32, is_pure=True, pack=1
@@ -251,6 +283,7 @@ def compress_kernel(
     PTX: tl.constexpr,
     SCALE: tl.constexpr,  # 1/√D
     BLOCK_V: tl.constexpr,
+    SHARED: tl.constexpr,  # whether threads share a vector
     CHUNK_X: tl.constexpr,  # coordinates that a thread loads at once
     CHUNK_P: tl.constexpr,  # bytes that it stores at once
 ):
@@ -271,15 +304,20 @@ def compress_kernel(
         d = chunk * CHUNK_X + tl.arange(0, CHUNK_X)
         x += (_loaded(x_row_ptr, center_row_ptr, d, live, D),)
     x = _side_by_side(x, 0, D // CHUNK_X, BLOCK_V, CHUNK_X)
-    finite, usable, e = _exponent(_tree_max(tl.abs(x), BLOCK_V, D).to(tl.int32, bitcast=True))
+    if SHARED:
+        largest = tl.max(x.to(tl.int32, bitcast=True) & ABS_MASK, 1)
+    else:
+        largest = _tree_max(tl.abs(x), BLOCK_V, D).to(tl.int32, bitcast=True)
+    finite, usable, e = _exponent(largest)
     scaled = x * tl.where(usable, _power_of_two(-e), 0.0)[:, None]
-    squares = _tree_sum(scaled * scaled, BLOCK_V, D)
+    squares = _sum(scaled * scaled, BLOCK_V, D, SHARED)
     length = tl.sqrt_rn(squares)
 
-    y = _hadamard(scaled * _signs(table_ptr, tl.where(live, 0, 0), D, BLOCK_V), BLOCK_V, D) * SCALE
+    y = scaled * _signs(table_ptr, tl.where(live, 0, 0), D, BLOCK_V, D if SHARED else 4)
+    y = (_shared_hadamard(y, BLOCK_V, D) if SHARED else _hadamard(y, BLOCK_V, D)) * SCALE
     index, centroid = _search(y, tl.where(usable, length, 1.0)[:, None], table_ptr, BITS, PTX)
     if CORRECTED:
-        length = tl.div_rn(squares, tl.where(usable, _tree_sum(y * centroid, BLOCK_V, D), 1.0))
+        length = tl.div_rn(squares, tl.where(usable, _sum(y * centroid, BLOCK_V, D, SHARED), 1.0))
     tl.store(norm_ptr, tl.where(finite, length * _power_of_two(e), float("nan")), mask=inside)
     if BITS == 3:
         _store_bytes(code_row_ptr, _packed(index & 3, BLOCK_V, D, 2), inside, BLOCK_V, D // 4, CHUNK_P)
