@@ -95,7 +95,7 @@ class TurboQuantCache(transformers.Cache):
         Raises:
           ValueError: a layer is empty, or dense in transformers' own layer.
         """
-        caches = {f"layer.{i}": getattr(layer, "cache", None) for i, layer in enumerate(self.layers)}
+        caches: Any = {f"layer.{i}": getattr(layer, "cache", None) for i, layer in enumerate(self.layers)}
         missing = [name for name, cache in caches.items() if cache is None]
         if missing:
             raise ValueError(f"layers must be packed and have seen positions to be saved, got none in {missing[0]}.")
@@ -107,12 +107,14 @@ class TurboQuantCache(transformers.Cache):
         Raises:
           ValueError: the file does not hold a cache for each layer, and no others.
         """
-        caches, names = load_file(path), [f"layer.{i}" for i in range(len(self.layers))]
+        caches: Any = load_file(path)
+        layers: list[Any] = self.layers
+        names = [f"layer.{i}" for i in range(len(layers))]
         held = sorted(caches) if isinstance(caches, dict) else []
-        known = all(isinstance(layer, TurboQuantLayer) for layer in self.layers)
+        known = all(isinstance(layer, TurboQuantLayer) for layer in layers)
         if held != sorted(names) or not known or not all(isinstance(caches[name], KVCache) for name in names):
             raise ValueError(f"{path} must hold the caches {names} for packed layers, got {held}.")
-        for layer, name in zip(self.layers, names, strict=True):
+        for layer, name in zip(layers, names, strict=True):
             layer.take(caches[name].map(lambda x: x.to(device)))
         return self
 
