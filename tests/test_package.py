@@ -153,3 +153,14 @@ def test_readme_numbers_are_measured():
     jax_names = ["gluon", "dense_bf16", "dense_fp32", None, None]
     assert [int(a) for a, _ in table] == [round(us["torch", name]) for name in torch_names]
     assert [b for _, b in table] == ["–" if name is None else str(round(us["jax", name])) for name in jax_names]
+
+
+def test_readme_attention_is_measured():
+    """So is that of its second table."""
+    rows = json.loads((ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/attention.json").read_text())["rows"]
+    us = {(row["front"], row["implementation"]): row["us"] for row in rows if row["S"] == 32768 and not row["page"]}
+    names = [("gluon", "gluon"), ("triton", "triton"), ("sdpa_flash", "cudnn_bf16")]
+    table = re.findall(
+        r"^\| (?!---).*\| *\**(\d+\.\d)\** \| *\**(\d+\.\d)\** \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert table == [(f"{us['torch', a]:.1f}", f"{us['jax', b]:.1f}") for a, b in names]

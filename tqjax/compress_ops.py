@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tqjax import triton_compress, xla
 from tqjax.ops import check_devices
 
 IMPLEMENTATIONS = ("xla", "triton")
+FEW_VECTORS = 1024  # up to which "xla" appends faster: 512 of keys and of values in 7.7 µs in place of 25.1 (H100)
 
 
 def compress(
@@ -70,7 +72,7 @@ def append(
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
       implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
-        where it can on CUDA, else xla.
+        where it can on CUDA for more than a few vectors, else xla.
 
     Returns:
       PackedVectors: `packed` with other arrays.
@@ -128,6 +130,8 @@ def _encode(x, quantizer, center, implementation):
 @functools.partial(jax.jit, static_argnums=4)
 def _append(packed, x, starts, page_table, implementation):
     quantizer = packed.quantizer
+    if implementation is None and math.prod(x.shape[:-1]) <= FEW_VECTORS:
+        implementation = "xla"
     return _choose(
         implementation, quantizer, functools.partial(triton_compress.append, quantizer=quantizer),
         functools.partial(xla.append, quantizer=quantizer), packed.codes, packed.norms, x,

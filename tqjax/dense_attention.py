@@ -37,10 +37,11 @@ def attention(query, keys, values, kv_lengths, page_table, options):
         visible = jnp.broadcast_to(visible, (batch, chunk, size))
         groups = rows.shape[2]
         folded = rows.transpose(1, 0, 2, 3, 4).reshape(batch, chunk * groups, kv_heads, head_dim)
-        out = jax.nn.dot_product_attention(
-            folded, keys, values, mask=jnp.repeat(visible, groups, 1)[:, None], scale=options.scale,
-            implementation="cudnn" if fast else "xla",
-        )  # fmt: skip
+        with jax.default_matmul_precision("highest"):  # where it is float32, else it may be TF32
+            out = jax.nn.dot_product_attention(
+                folded, keys, values, mask=jnp.repeat(visible, groups, 1)[:, None], scale=options.scale,
+                implementation="cudnn" if fast else "xla",
+            )  # fmt: skip
         out = out.reshape(batch, chunk, groups, kv_heads, head_dim)
         return jnp.where(visible.any(-1)[..., None, None, None], out, 0).astype(query.dtype)
 
