@@ -14,6 +14,12 @@ B, T, C, D = 2, 21, 64, 32
 LIMIT = attention_tolerance("float32", D)
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def rotary(x, positions):
     """[B, T, H, D] turned by [B, T]."""
     half = x.shape[-1] // 2

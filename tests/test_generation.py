@@ -3,14 +3,24 @@
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
 import generate
 import generate_flax
 import generate_transformers
-import numpy as np
-import torch
-import transformers
 
 EXAMPLES = Path(generate.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """Where products are exact enough for the likeliest bytes to be the same."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def test_the_model_is_one_in_both_frameworks(capsys):
