@@ -48,16 +48,15 @@ def main() -> int:
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     batch, positions = (2, (64,)) if arguments.dry_run else (BATCH, POSITIONS)
     report = bench.describe(device, arguments.dry_run, __doc__.split("\n\n")[2])
-    rows = []
+    rows = memory(device) if device.type == "cuda" else []  # first: JAX keeps what it allocates
     for front, steps in (("torch", torch_steps), ("jax", jax_steps)):
         for size in positions:
-            rows += [{"op": "decode", "front": front, "S": size} | row for row in steps(size, batch, device)]
-            print(rows[-1], file=sys.stderr)
+            found = [{"op": "decode", "front": front, "S": size} | row for row in steps(size, batch, device)]
+            rows += found
+            print(*found, sep="\n", file=sys.stderr, flush=True)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    if device.type == "cuda":
-        rows += memory(device)
     for row in rows:
         print(row)
     if any(row.get("error", 0) > LIMIT for row in rows):

@@ -45,6 +45,7 @@ SHAPES = [
     (80, (4, 4), 4, "fp32", None, PLAIN_OPTIONS),
     (256, (2, 3), 4, "fp32", 48, PLAIN_OPTIONS),
 ]
+MOST_SPILLED = 80  # bytes of a thread, with pages: three programs a processor in place of two are worth more
 MOST = 24  # variants of a cache that grows: kinds of S and of the number of parts
 
 
@@ -61,11 +62,12 @@ def signature(kernel, constants, dtype):
 
 
 def triton_kernel(head_dim, bits, rows, dtype, page, options, capability):
-    config = tuning.attention_config("attention", rows, POSITIONS, HEADS, head_dim, bits=bits)
+    config = tuning.attention_config("attention", rows, POSITIONS, HEADS, head_dim, bits=bits, paged=page is not None)
     quantizers = [Quantizer(head_dim, each) for each in bits]
     strides = [quantizer.packed_dim for quantizer in quantizers]
     constants = attention_constants(config, options, *quantizers, page, *strides) | {"PTX": True}
-    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+    launch["enable_fp_fusion"] = False
     types = signature(attention.attention_kernel, constants, dtype)
     return compile_kernel(attention.attention_kernel, types, constants, capability, **launch)
 
@@ -78,7 +80,8 @@ def gluon_kernel(head_dim, bits, rows, dtype, page, options, capability):
     constants["STAGES"] = stages(config, *strides)
     kernel = gluon_attention.attention_kernel
     types = signature(kernel, constants, dtype)
-    return compile_kernel(kernel, types, constants, capability, num_warps=config.num_warps, enable_fp_fusion=False)
+    launch = {"num_warps": config.num_warps, "maxnreg": config.max_registers, "enable_fp_fusion": False}
+    return compile_kernel(kernel, types, constants, capability, **launch)
 
 
 def merge_kernel(head_dim, bits, rows, dtype, page, options, capability):
@@ -130,7 +133,7 @@ def test_compiles(in_compiling_process, kernel, capability, shape, record_proper
     if kernel is not merge_kernel:
         assert "prmt.b32" in ptx and "ex2.approx" in ptx and ("cp.async" in ptx or shape[0] == 80)
     if capability == 90 and shape[2] <= 16:
-        assert taken.spill_bytes == 0
+        assert taken.spill_bytes <= (MOST_SPILLED if shape[4] and kernel is triton_kernel else 0)
 
 
 def test_levels_as_float16(monkeypatch):

@@ -31,7 +31,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
     name = KERNELS[implementation]
     shape = rows, positions, kv, head_dim, _device_name(query.device)
     bits = keys.quantizer.code_bits, values.quantizer.code_bits
-    config = config or tuning.attention_config(name, *shape, options.num_splits, bits)
+    config = config or tuning.attention_config(name, *shape, options.num_splits, bits, page_table is not None)
     kv_lengths, page_table, sinks = (x if x is None else x.contiguous() for x in (kv_lengths, page_table, sinks))
     parts = query.new_empty(kv, config.splits, rows, head_dim, dtype=torch.float32)
     ml = query.new_empty(kv, config.splits, 2, rows, dtype=torch.float32)
@@ -48,12 +48,13 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
         constants["STAGES"] = stages(config, *addresses)
     else:
         constants["PTX"] = not INTERPRETED and torch.version.hip is None
+    limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     load(name)[config.grid(rows, kv)](
         rotated.contiguous(), _signs(keys, query.device), k_codes, k_norms, words[0], v_codes, v_norms, words[1],
         kv_lengths, page_table, parts, ml, options.scale, *(x for array in arrays for x in array.stride()[:2]),
         kv_heads, rows, steps, positions, 0 if page_table is None else page_table.shape[1], keys.codes.shape[0],
         config.splits, *(options.window or (0, 0)),
-        **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+        **constants, num_warps=config.num_warps, num_stages=config.num_stages, **limit, enable_fp_fusion=False,
     )  # fmt: skip
     unrotated = values.quantizer.rotation == "hadamard"
     result = out if unrotated else out.new_empty(out.shape, dtype=torch.float32)

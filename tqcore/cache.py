@@ -172,10 +172,11 @@ class KVCache:
         cache_checks.check_cache_append(key, value, counts, self)
         if key.shape[2] == 0:
             return self
-        counts = self.library.xp.full_like(self.lengths, key.shape[2]) if counts is None else counts
+        whole = counts is None
+        counts = self.library.xp.full_like(self.lengths, key.shape[2]) if whole else counts
         blocked = self._blocked(counts)
         self._check_room(counts, blocked)
-        return self._written(key, value, counts, blocked)
+        return self._written(key, value, counts, whole, blocked)
 
     def attend(
         self,
@@ -320,6 +321,8 @@ class KVCache:
     def _next_packed(self, counts):
         """[B] `packed_lengths` once `counts` positions are appended."""
         config, xp = self.config, self.library.xp
+        if not config.slots:
+            return self.lengths + counts
         over = self.lengths + counts - config.first - self.packed_lengths - config.window
         return self.packed_lengths + xp.clip(over, 0, None) // config.block * config.block
 
@@ -346,7 +349,8 @@ class KVCache:
         if blocked is not None:
             cache_checks.check_thawed(blocked)
 
-    def _written(self, key, value, counts, blocked):
+    def _written(self, key, value, counts, whole, blocked):
+        """`whole`: all counts are T. Each operation on lengths is a launch of its own in torch."""
         config, lib, xp, steps = self.config, self.library, self.library.xp, key.shape[2]
         ends, table = self._next_packed(counts), self.page_table
         if blocked is not None:
@@ -359,8 +363,9 @@ class KVCache:
             starts = xp.where(ends > self.packed_lengths, self.packed_lengths, -count)
             parts.append((lambda new, old: lib.take(old, self._slot(leaving)), starts))
         if steps > config.window:
-            begin = self.lengths - config.first
-            parts.append((lambda new, old: new, xp.where(ends > begin, begin, -steps)))
+            begin = self.lengths - config.first if config.first else self.lengths
+            starts = begin if whole and not config.slots else xp.where(ends > begin, begin, -steps)
+            parts.append((lambda new, old: new, starts))
 
         def packed(vectors, new, old):
             for source, starts in parts:

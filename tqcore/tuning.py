@@ -48,6 +48,7 @@ class AttentionConfig:
       block_s: positions of a block.
       splits: into how many parts the positions are split.
       num_warps, num_stages: as in Triton.
+      max_registers: that a thread may take, or None for what ptxas chooses.
     """
 
     block_r: int
@@ -55,6 +56,7 @@ class AttentionConfig:
     splits: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     def grid(self, rows: int, heads: int) -> tuple[int, int]:
         """(programs along the parts of all key heads, programs along R)."""
@@ -91,21 +93,24 @@ def attention_config(
     device: str | None = None,
     splits: int | None = None,
     bits: tuple[int, int] = (4, 4),
+    paged: bool = False,
 ) -> AttentionConfig:
     """The launch of "attention" (or its Pallas twin) or "gluon_attention" for R rows, S positions, B·K key heads and D.
 
-    The entry is chosen as in `score_config`, those with `bits` being for keys or values of so many. There are as many
-    parts as make the fewest steps of whole waves of programs, of at least `least` blocks each, or `splits`, as far as
+    The entry is chosen as in `score_config`, those with `bits` being for keys or values of so many, those with `paged`
+    for pools; with its `registers`, `resident` programs fit a processor. There are as many parts as make the fewest
+    steps of whole waves of programs, of at least `least` blocks each, or `splits`, as far as
     there are blocks. S is the capacity, so that a filling cache compiles nothing new.
     """
-    entry, wave = _entry(kernel, rows, head_dim, device, bits)
+    entry, wave = _entry(kernel, rows, head_dim, device, bits, paged)
     blocks, programs = ceil_div(positions, entry["block_s"]), max(1, heads * ceil_div(rows, entry["block_r"]))
     if splits is None:
         most = max(1, blocks // entry["least"])
         choices = [max(1, min(most, waves * wave // programs)) for waves in range(1, 5)]
         splits = min(choices, key=lambda parts: ceil_div(programs * parts, wave) * (ceil_div(blocks, parts) + START))
     splits = max(1, min(splits, blocks))
-    return AttentionConfig(entry["block_r"], entry["block_s"], splits, entry["num_warps"], entry["num_stages"])
+    launch = entry["num_warps"], entry["num_stages"], entry.get("registers")
+    return AttentionConfig(entry["block_r"], entry["block_s"], splits, *launch)
 
 
 def dense_rows(device: str | None = None) -> int:
@@ -121,13 +126,13 @@ def steps(programs: int, blocks: int, wave: int, longest: int) -> int:
 
 
 def _entry(
-    kernel: str, rows: int, head_dim: int, device: str | None, bits: tuple[int, ...] = ()
+    kernel: str, rows: int, head_dim: int, device: str | None, bits: tuple[int, ...] = (), paged: bool = False
 ) -> tuple[dict[str, int], int]:
     """Of the device's list, the first entry whose `rows` and `head_dim` are not exceeded; its programs at a time."""
     entries = _entries(device)
     for entry in entries[kernel]:
         fits = rows <= entry.get("rows", rows) and head_dim <= entry.get("head_dim", head_dim)
-        if fits and ("bits" not in entry or entry["bits"] in bits):
+        if fits and ("bits" not in entry or entry["bits"] in bits) and entry.get("paged", paged) == paged:
             return entry, entries["processors"] * entry["resident"]
     raise LookupError(f"tuning.json has no entry for {kernel}, rows={rows}, head_dim={head_dim}.")
 

@@ -31,8 +31,8 @@ class KVCache(tqcore.KVCache):
 
     attend.__doc__ = tqcore.KVCache.attend.__doc__
 
-    def _written(self, key, value, counts, blocked):
-        return _written(self, key, value, counts, blocked)
+    def _written(self, key, value, counts, whole, blocked):
+        return _written(self, key, value, counts, whole, blocked)
 
     def _replaced(self, changed):
         return dataclasses.replace(self, **changed)
@@ -65,9 +65,9 @@ def _from_bits(x):
     return jnp.asarray(x.view(jnp.bfloat16) if x.dtype == np.uint16 else x)
 
 
-@jax.jit
-def _written(cache, key, value, counts, blocked):
-    return tqcore.KVCache._written(cache, key, value, counts, blocked)
+@functools.partial(jax.jit, static_argnames="whole")
+def _written(cache, key, value, counts, whole, blocked):
+    return tqcore.KVCache._written(cache, key, value, counts, whole, blocked)
 
 
 STATIC = ("is_causal", "local_window_size", "logits_soft_cap", "scale", "return_lse", "implementation")

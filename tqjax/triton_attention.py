@@ -91,7 +91,8 @@ def _attention(query, *arrays, given, quantizers, options, implementation, confi
         return jnp.zeros_like(query), jnp.zeros(query.shape[:3], jnp.float32)
     shape = rows, positions, kv, head_dim, device.cuda_kind()
     bits = quantizers[0].code_bits, quantizers[1].code_bits
-    config = config or tuning.attention_config(KERNELS[implementation], *shape, options.num_splits, bits)
+    choice = options.num_splits, bits, page_table is not None
+    config = config or tuning.attention_config(KERNELS[implementation], *shape, *choice)
     sizes = {"K": kv_heads, "R": rows, "T": steps, "S": positions}
     parts = _parts(query, keys, values, kv_lengths, page_table, options, implementation, config, sizes, capability)
     unrotated = values.quantizer.rotation == "hadamard"
@@ -139,6 +140,7 @@ def _parts(query, keys, values, kv_lengths, page_table, options, implementation,
     shape = grid[0] // config.splits, config.splits
     outs = [_float((*shape, sizes["R"], query.shape[3])), _float((*shape, 2, sizes["R"]))]
     launched = {"grid": grid, "capability": capability, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    launched["maxnreg"] = config.max_registers
     return launch(load(KERNELS[implementation]), arrays, outs, constants, **launched)
 
 
