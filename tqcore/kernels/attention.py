@@ -283,6 +283,13 @@ def attention_kernel(
 
 
 @triton.jit
+def _part(out_ptr, first, split, splits, r, R, d, D: tl.constexpr):
+    """Outputs of row r of some of the parts."""
+    row, live = (first + split) * R + r, (split[:, None] < splits) & (d[None, :] < D)
+    return tl.load(out_ptr + row[:, None] * D + d[None, :], mask=live, other=0.0)
+
+
+@triton.jit
 def merge_kernel(
     out_ptr,  # [B·K, splits, R, D] float32 of attention_kernel
     ml_ptr,  # [B·K, splits, 2, R] float32
@@ -305,7 +312,10 @@ def merge_kernel(
 ):
     head, r = tl.program_id(0) // R, tl.program_id(0) % R
     batch, first = head // K, head.to(tl.int64) * splits
-    i, d = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    CHUNK: tl.constexpr = 32 if BLOCK_SPLITS > 32 else BLOCK_SPLITS
+    split, d = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    part = _part(out_ptr, first, split, splits, r, R, d, D)  # the first, while its weights are found
+    i = tl.arange(0, BLOCK_SPLITS)
     ml_ptr += first * 2 * R + r
     m = tl.load(ml_ptr + i * (2 * R), mask=i < splits, other=float("-inf"))
     visible = tl.load(ml_ptr + i * (2 * R) + R, mask=i < splits, other=0.0)
@@ -320,15 +330,11 @@ def merge_kernel(
         total, nothing = visible + tl.exp2(sink * LOG2_E - peak), sink
     lse = tl.where(visible == 0.0, nothing, (peak + tl.log2(total)) * LN_2)
 
-    CHUNK: tl.constexpr = 32 if BLOCK_SPLITS > 32 else BLOCK_SPLITS
-    i = tl.arange(0, CHUNK)
     out = tl.zeros([BLOCK_D], tl.float32)
     for chunk in range(0, splits, CHUNK):
-        split = chunk + i
-        weight = tl.exp2(tl.load(ml_ptr + split * (2 * R), mask=split < splits, other=float("-inf")) - peak)
-        row = (first + split) * R + r
-        live = (split[:, None] < splits) & (d[None, :] < D)
-        out += tl.sum(tl.load(out_ptr + row[:, None] * D + d[None, :], mask=live, other=0.0) * weight[:, None], 0)
+        weight = tl.load(ml_ptr + (chunk + split) * (2 * R), mask=chunk + split < splits, other=float("-inf"))
+        out += tl.sum(part * tl.exp2(weight - peak)[:, None], 0)
+        part = _part(out_ptr, first, chunk + CHUNK + split, splits, r, R, d, D)
     out = out * (tl.load(v_table_ptr + 4).to(tl.float32, bitcast=True) / tl.where(total == 0.0, 1.0, total))
     if UNROTATE:
         out = tl.reshape(_hadamard(tl.reshape(out, [1, D]), 1, D), [D]) * (D**-0.5) * tl.load(signs_ptr + d)
