@@ -229,8 +229,10 @@ def test_vmap_of_queries_copies_no_keys():
     jaxpr = jax.make_jaxpr(jax.vmap(scores, in_axes=(0, None, None, None)))(*arguments).jaxpr
     (implement,) = equations(jaxpr, "jit", lambda equation: equation.params["name"] == "_implement")
     inner = implement.params["jaxpr"].jaxpr
+    (split,) = equations(inner, "tq_split")
     (call,) = equations(inner, PRIMITIVE)
-    assert call.invars[1] in inner.invars and call.invars[2] in inner.invars
+    for i in (1, 2):
+        assert split.invars[i] in inner.invars and call.invars[i] in split.params["jaxpr"].jaxpr.invars
 
 
 def test_gradients_trace():

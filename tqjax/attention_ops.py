@@ -1,5 +1,6 @@
 """The public operations on packed values: check, choose the implementation, call it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from jax.core import Tracer
 from tqcore import checks, softmax, tuning
 from tqcore.kernels import can_load, gluon_is_tested
 from tqcore.quantizer import PackedVectors
-from tqjax import dense_attention, device, ops, triton_attention, triton_call, xla_attention
+from tqjax import dense_attention, device, ops, partition, triton_attention, triton_call, xla_attention
 
 try:
     from tqjax import pallas_attention
@@ -149,6 +150,24 @@ def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
+    leaves, tree = jax.tree.flatten((query, keys, values, kv_lengths, page_table, sinks))
+    sizes = dict(zip("bhk", (*query.shape[:2], keys.codes.shape[1]), strict=True))
+    first = "b" if page_table is None else "N"
+
+    def axes(packed):
+        center = None if packed.center is None else partition.axes_of(packed.center.shape, f"{first}kSD", sizes)
+        return dataclasses.replace(packed, codes=f"{first}kSP", norms=f"{first}kS", center=center)
+
+    optional = None if page_table is None else "bM", None if sinks is None else "h"
+    named = jax.tree.leaves(("bhTD", axes(keys), axes(values), "b", *optional))
+
+    def attend(*leaves):
+        return _attention_here(*jax.tree.unflatten(tree, leaves), options, name, by_platform)
+
+    return tuple(partition.split(attend, named, ("bhTD", "bhT"), leaves))
+
+
+def _attention_here(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
     arrays = query, keys, values, kv_lengths, page_table, sinks
     if name == "pallas_triton" and pallas_attention is not None:
         attend, elsewhere = pallas_attention.attention, functools.partial(pallas_attention.attention, interpret=True)

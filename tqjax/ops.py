@@ -14,7 +14,7 @@ from tqcore import checks, fixed_point, tuning
 from tqcore.kernels import gluon_is_tested, lookup
 from tqcore.packing import code_bits
 from tqcore.quantizer import PackedVectors, Quantizer
-from tqjax import device, triton_call, xla
+from tqjax import device, partition, triton_call, xla
 
 try:
     from tqjax import pallas_scores
@@ -208,25 +208,30 @@ def _words(centroids: bytes, scale: float) -> NDArray[np.int32]:
 
 @functools.partial(jax.jit, static_argnums=4)
 def _implement(q, codes, norms, words, implementation):
+    function = functools.partial(_scores_here, implementation=implementation)
+    return partition.split(function, ("bhtD", "bksP", "bks", "W"), ("bhts",), (q, codes, norms, words))[0]
+
+
+def _scores_here(*arrays, implementation):
     """Calls one implementation; `None` and "pallas_triton" choose by the platform that this is lowered for."""
+    q, codes, _, _ = arrays
     batch, heads, length, head_dim = q.shape
     if 0 in (*q.shape, *codes.shape):
-        return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
-    arrays = q, codes, norms, words
+        return [jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)]
     plain = xla.fused_qk_scores
     bits = code_bits(codes.shape[-1], head_dim)
     kernels = _kernels(head_dim, bits)
     name = implementation or _preferred(kernels, keys=batch * codes.shape[1] * codes.shape[2])
     if name == "xla":
-        return plain(*arrays)
+        return [plain(*arrays)]
     if name not in kernels:
         raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}, bits={bits}; 'xla' has no such need.")
     compiled = kernels[name]
     if implementation is None:
-        return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
+        return [lax.platform_dependent(*arrays, cuda=compiled, default=plain)]
     if name != "pallas_triton":
-        return compiled(*arrays)
-    return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
+        return [compiled(*arrays)]
+    return [lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))]
 
 
 def _kernels(head_dim, bits):
