@@ -40,6 +40,7 @@ CASES = [
     Case(D=128, bits=3, dtype="float16", center=True),
     Case(D=128, bits=2, S=33, dtype="bfloat16", seed=3),
     Case(D=256, bits=4, S=2),
+    Case(D=16, bits=4, S=16, center=True),  # programs of one head each
     *(Case(D=80, bits=bits) for bits in (1, 2, 3, 4)),
     Case(D=80, dtype="bfloat16", center=True, norm="plain"),
     Case(D=64, rotation="haar", S=9),

@@ -9,6 +9,8 @@ from tqcore import tuning
 from tqcore.kernels import can_compress, compress_launch, compress_table, load
 from tqcore.quantizer import Quantizer
 
+_PTX = not INTERPRETED and torch.version.hip is None
+
 
 def can_do(x: torch.Tensor, quantizer: Quantizer) -> bool:
     """Whether a kernel takes tensors of this device and this quantizer."""
@@ -39,7 +41,7 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer):
     x = x if x.stride(3) == 1 else x.contiguous()
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
-    name, constants, num_warps = compress_launch(quantizer, x.element_size(), encode=True)
+    name, constants, num_warps = compress_launch(quantizer, x.shape[2], encode=True, aligned=_aligned(codes), ptx=_PTX)
     vectors, pages = x.shape[:3].numel(), 0 if page_table is None else page_table.shape[1]
     load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
         x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, vectors,
@@ -55,7 +57,9 @@ def decompress(codes, norms, quantizer, dtype, rotated):
     if codes.ndim != 4:
         codes, norms = codes.reshape(1, -1, *codes.shape[-2:]), norms.reshape(1, -1, norms.shape[-1])
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
-    name, constants, num_warps = compress_launch(quantizer, out.element_size(), encode=False)
+    name, constants, num_warps = compress_launch(
+        quantizer, codes.shape[2], encode=False, aligned=_aligned(codes), ptx=_PTX
+    )
     vectors = norms.numel()
     load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
         codes, norms, None, _table(quantizer, codes.device), out, vectors,
@@ -63,6 +67,10 @@ def decompress(codes, norms, quantizer, dtype, rotated):
         **constants, ROTATED=rotated, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def _aligned(codes):
+    return not any(n % 4 for n in (codes.data_ptr(), *codes.stride()[:3]))
 
 
 @cache

@@ -67,7 +67,9 @@ def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, capabili
 
 
 def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
-    name, constants, num_warps = compress_launch(quantizer, x.dtype.itemsize, encode=True)
+    name, constants, num_warps = compress_launch(
+        quantizer, x.shape[2], encode=True, aligned=quantizer.packed_dim % 4 == 0
+    )
     batch, heads, length = x.shape[:3]
     (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
     constants |= none | _strides("x", x.shape) | _strides("codes", outs[0].shape)
@@ -86,8 +88,8 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
 
 def _decompress(codes, norms, *, quantizer, dtype, rotated, capability):
     out = jax.ShapeDtypeStruct((*norms.shape, quantizer.head_dim), jnp.dtype(dtype))
-    name, constants, num_warps = compress_launch(quantizer, out.dtype.itemsize, encode=False)
     size, vectors, packed_dim = norms.shape[-1], prod(norms.shape), codes.shape[-1]
+    name, constants, num_warps = compress_launch(quantizer, size, encode=False, aligned=packed_dim % 4 == 0)
     constants |= _strides("codes", (1, vectors // size, size, packed_dim))
     constants |= _strides("norms", (1, vectors // size, size, 1)) | {"center_ptr": None, "ROTATED": rotated}
     constants |= {f"center_stride_{axis}": 0 for axis in "bks"}

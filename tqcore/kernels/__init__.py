@@ -20,10 +20,11 @@ KERNELS = {
     "gluon_attention": ("gluon_attention", "attention_kernel"),
     "merge": ("attention", "merge_kernel"),
     "compress": ("compress", "compress_kernel"),
-    "dense_compress": ("compress", "dense_compress_kernel"),
+    "dense_compress": ("dense_compress", "dense_compress_kernel"),
     "decompress": ("decompress", "decompress_kernel"),
-    "dense_decompress": ("decompress", "dense_decompress_kernel"),
+    "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
+FEW_VECTORS = 64  # a head, up to which they are spread over more lanes and programs
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 
@@ -76,8 +77,15 @@ def can_compress(quantizer: Quantizer) -> bool:
     return 8 <= quantizer.head_dim <= tuning.MAX_HEAD_DIM
 
 
-def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tuple[str, dict[str, Any], int]:
-    """Name, constants and warps of an encoder of vectors, or a decoder to vectors, of `itemsize` bytes a coordinate."""
+def compress_launch(
+    quantizer: Quantizer, length: int, *, encode: bool, aligned: bool = True, ptx: bool = True
+) -> tuple[str, dict[str, Any], int]:
+    """Name, constants and warps of an encoder or decoder of `length` vectors a head.
+
+    Args:
+      aligned: whether addresses and strides of codes are multiples of four bytes.
+      ptx: whether the kernel is compiled for NVIDIA's devices.
+    """
     head_dim, bits = quantizer.head_dim, quantizer.code_bits
     constants: dict[str, Any] = {"D": head_dim, "BITS": bits}
     if encode:
@@ -86,8 +94,21 @@ def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tup
     if quantizer.rotation != "hadamard":
         block_d = max(32, tuning.next_power_of_two(head_dim))
         return f"dense_{name}", constants | {"BLOCK_V": 16 if block_d > 128 else 32, "BLOCK_D": block_d}, 4
-    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "BLOCK_V": 32, "CHUNK_X": min(head_dim, 16 // itemsize)}
-    return name, constants | {"CHUNK_P": 16}, 1
+    half, codebook = 2 ** (bits - 1), quantizer.codebook
+    if encode:
+        constants["BOUNDARIES"] = tuple(codebook.boundaries[half:].tolist())
+    lanes = min(8 if length < FEW_VECTORS else 4, head_dim // 8)
+    block_v = 32 // lanes  # one warp, in which Triton's layouts of [BLOCK_V, lanes] agree
+    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": centroid_words(codebook.centroids[half:])}
+    constants |= {"TILED": length % block_v == 0, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
+    return name, constants, 1
+
+
+def centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:
+    """The first bytes of up to eight centroids in two words, then the second ones; all others are 0."""
+    first, second = centroids.view(np.uint8).reshape(-1, 4)[:, :1:-1].T
+    words = np.stack([np.pad(row, (0, 8 - len(row))) for row in (first, second)]).view("<i4")
+    return tuple(words.reshape(-1).tolist())
 
 
 def score_constants(
