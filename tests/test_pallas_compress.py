@@ -1,13 +1,16 @@
 """The Pallas twin of the encoders and decoders, against the oracle. XLA compiles what is interpreted: small vectors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import CUDA, assert_same_bits
+from backends import assert_same_bits
 from test_compress import Case, check, vectors
 
 import tqcore
-from tqjax import pallas_compress
+import tqjax
+from tqcore import PackedVectors, Quantizer
+from tqjax import compress_ops, triton_compress
 
 CASES = [
     Case(D=16, bits=4),
@@ -22,19 +25,16 @@ CASES = [
 def test_gives_the_oracles_bits(case):
     x, center = vectors(case)
     given = None if center is None else jnp.asarray(center)
-    codes, norms = pallas_compress.compress(jnp.asarray(x), case.quantizer, given, interpret=not CUDA)
-    check(case, np.asarray(codes), np.asarray(norms), tqcore.compress(x, case.quantizer, center=center))
+    got = tqjax.compress(jnp.asarray(x), case.quantizer, center=given, implementation="pallas_triton")
+    check(case, np.asarray(got.codes), np.asarray(got.norms), tqcore.compress(x, case.quantizer, center=center))
 
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]], ids=str)
 def test_decoders_agree(case, rotated):
-    x, center = vectors(case)
-    packed = tqcore.compress(x, case.quantizer, center=None if rotated else center)
+    packed = tqcore.compress(vectors(case)[0], case.quantizer)
     expected = tqcore.decompress(packed, rotated=rotated)
-    given = None if packed.center is None else jnp.asarray(center)
-    arrays = jnp.asarray(packed.codes), jnp.asarray(packed.norms)
-    got = pallas_compress.decompress(*arrays, case.quantizer, given, rotated=rotated, interpret=not CUDA)
+    got = tqjax.decompress(packed.map(jnp.asarray), rotated=rotated, implementation="pallas_triton")
     limit = 1e-5 * np.abs(expected).max(-1, keepdims=True, initial=0)
     assert ((np.abs(got - expected) <= limit) | (np.isnan(got) & np.isnan(expected))).all()
 
@@ -42,6 +42,41 @@ def test_decoders_agree(case, rotated):
 def test_another_seed_is_seen():
     case = Case(D=8)
     x, _ = vectors(case)
-    codes, _ = pallas_compress.compress(jnp.asarray(x), case.quantizer, interpret=not CUDA)
+    codes = tqjax.compress(jnp.asarray(x), case.quantizer, implementation="pallas_triton").codes
     with pytest.raises(AssertionError, match="elements differ"):
-        assert_same_bits(np.asarray(codes), tqcore.compress(x, tqcore.Quantizer(8, seed=1)).codes)
+        assert_same_bits(np.asarray(codes), tqcore.compress(x, Quantizer(8, seed=1)).codes)
+
+
+def test_appends_and_maps():
+    """Under `jit` and `vmap`; XLA writes what the kernel encodes."""
+    quantizer, rng = Quantizer(16), np.random.default_rng(0)
+    x = rng.standard_normal((2, 1, 3, 5, 16)).astype(np.float32)
+    expected = tqcore.compress(x, quantizer)
+
+    def append(codes, norms, x):
+        packed = PackedVectors(codes, norms, quantizer)
+        return tqjax.append(packed, x, jnp.zeros(1, jnp.int32), implementation="pallas_triton")
+
+    got = jax.jit(jax.vmap(append))(jnp.zeros_like(expected.codes), jnp.zeros_like(expected.norms), x)
+    assert_same_bits(np.asarray(got.codes), expected.codes)
+    assert_same_bits(np.asarray(got.norms), expected.norms)
+
+
+def test_says_what_it_cannot_do(monkeypatch):
+    needs = "'pallas_triton' needs .*2 GiB and head_dim 8 to 256, got head_dim={}, {} bytes; 'xla' has no such need"
+    with pytest.raises(NotImplementedError, match=needs.format(512, 6144)):
+        tqjax.compress(np.ones((3, 512), np.float32), Quantizer(512), implementation="pallas_triton")
+    many = jax.ShapeDtypeStruct((2**22 + 1, 128), jnp.float32)
+    with pytest.raises(NotImplementedError, match=needs.format(128, 2**31 + 512)):
+        jax.eval_shape(lambda x: tqjax.compress(x, Quantizer(128), implementation="pallas_triton").codes, many)
+
+
+@pytest.mark.parametrize("operation", ["compress", "append", "decompress"])
+def test_none_prefers_triton(monkeypatch, operation):
+    vectors = jax.ShapeDtypeStruct((3, 64), jnp.float32)
+    found = lambda: list(compress_ops._kernels(operation, Quantizer(64), vectors))  # noqa: E731
+    assert found() == ["triton", "pallas_triton"]
+    monkeypatch.setattr(triton_compress, "INSTALLED", False)
+    assert found() == ["pallas_triton"]
+    monkeypatch.setattr(compress_ops, "pallas_compress", None)
+    assert found() == []

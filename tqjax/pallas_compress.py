@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT_BITS, QUERY_LIMIT
-from tqcore.kernels import centroid_words
+from tqcore.kernels import can_compress, centroid_words
 from tqcore.rotation import inverse_sqrt, matrix, signs
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays by signed 32-bit offsets
@@ -336,10 +336,14 @@ def _columns(x, J, L):
     return _columns(front, J // 2, L) + _columns(back, J // 2, L)
 
 
+def can_do(quantizer, vectors):
+    """Whether the kernels take this quantizer and so many vectors."""
+    return can_compress(quantizer) and vectors.size * vectors.dtype.itemsize <= MAX_INDEXED_BYTES
+
+
 def compress(x, quantizer, center=None, *, interpret=False):
     """x [..., S, D] -> codes [..., S, P], norms [..., S]."""
     shape, rows = x.shape, x.size // x.shape[-1]
-    _check_size(x)
     constants = _constants(quantizer, rows)
     kernel = functools.partial(
         _compress_kernel, constants=constants, center=_center_row(center, shape),
@@ -389,11 +393,6 @@ def _constants(quantizer, rows):
     }
 
 
-def _check_size(x):
-    if x.size * x.dtype.itemsize > MAX_INDEXED_BYTES:
-        raise NotImplementedError(f"'pallas_triton' takes vectors of up to 2 GiB, got {x.nbytes} bytes; 'xla' can.")
-
-
 def _center_row(center, shape):
     """The row of a center, as [..., D] of fewer or shorter axes, that belongs to a row of vectors."""
     if center is None:
@@ -419,9 +418,8 @@ def _rotation(quantizer, inverse):
     return jnp.asarray(matrix(quantizer) if inverse else matrix(quantizer).T)
 
 
-def _decompress_kernel(codes_ref, norms_ref, rotation_ref, *refs, constants, center, rotated, ptx):
-    """codes [rows, P] and norms [rows] to vectors [rows, D]; refs: the center's, if any, and those."""
-    *center_ref, out_ref = refs
+def _decompress_kernel(codes_ref, norms_ref, rotation_ref, out_ref, *, constants, rotated, ptx):
+    """codes [rows, P] and norms [rows] to vectors [rows, D]."""
     R, L, J, D, bits, dense = (constants[name] for name in ("R", "L", "J", "D", "BITS", "DENSE"))
     row = pl.program_id(0) * R + jnp.arange(R)
     live = row < norms_ref.shape[0]
@@ -445,9 +443,6 @@ def _decompress_kernel(codes_ref, norms_ref, rotation_ref, *refs, constants, cen
         if not rotated and not dense:
             part = part * np.float32(constants["FACTOR"]) * plgpu.load(rotation_ref.at[d])
         part = part * norm
-        if center_ref:
-            origin = center_ref[0].at[center(row[:, None, None]), d]
-            part = part + plgpu.load(origin, mask=inside, other=0.0)
         plgpu.store(out_ref.at[row[:, None, None], d], part.astype(out_ref.dtype), mask=inside)
 
 
@@ -490,19 +485,12 @@ def _dense_back(x, matrix_ref, constants):
     return _columns(acc, J, L)
 
 
-def decompress(
-    codes, norms, quantizer, center=None, *, dtype="float32", rotated=False, interpret=False
-):  # fmt: skip
-    """codes [..., S, P], norms [..., S] -> norm · Rᵀ c + center, or norm · c if rotated."""
+def decompress(codes, norms, quantizer, dtype, rotated, *, interpret=False):
+    """codes [..., S, P], norms [..., S] -> norm · Rᵀ c [..., S, D], or norm · c if rotated."""
     shape, rows = (*norms.shape, quantizer.head_dim), norms.size
     out = jax.ShapeDtypeStruct((rows, quantizer.head_dim), jnp.dtype(dtype))
-    _check_size(out)
     constants = _constants(quantizer, rows)
-    kernel = functools.partial(
-        _decompress_kernel, constants=constants, center=_center_row(center, shape),
-        rotated=rotated, ptx=not interpret,
-    )  # fmt: skip
+    kernel = functools.partial(_decompress_kernel, constants=constants, rotated=rotated, ptx=not interpret)
     arrays = [codes.reshape(rows, codes.shape[-1]), norms.reshape(rows), _rotation(quantizer, True)]
-    arrays += [] if center is None else [center.reshape(-1, shape[-1])]
     (out,) = _call(kernel, arrays, [out], constants["R"], rows, interpret, "tq_decompress")
     return out.reshape(shape)
