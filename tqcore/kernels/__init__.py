@@ -1,5 +1,6 @@
 """Device code that both front-ends launch, by name. Triton is imported when a kernel is asked for."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -24,7 +25,7 @@ KERNELS = {
     "decompress": ("decompress", "decompress_kernel"),
     "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
-FEW_VECTORS = 64  # a head, up to which they are spread over more lanes and programs
+FEW_VECTORS = 8192  # up to which they are spread over more lanes and programs
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 
@@ -78,30 +79,37 @@ def can_compress(quantizer: Quantizer) -> bool:
 
 
 def compress_launch(
-    quantizer: Quantizer, length: int, *, encode: bool, aligned: bool = True, ptx: bool = True
-) -> tuple[str, dict[str, Any], int]:
-    """Name, constants and warps of an encoder or decoder of `length` vectors a head.
+    quantizer: Quantizer, shape: Sequence[int], *, encode: bool, aligned: bool = True, ptx: bool = True
+) -> tuple[str, dict[str, Any], tuple[int, int, int], int]:
+    """Name, constants, grid and warps of an encoder or decoder of vectors.
 
     Args:
+      shape: [B, K, T] of the vectors.
       aligned: whether addresses and strides of codes are multiples of four bytes.
       ptx: whether the kernel is compiled for NVIDIA's devices.
     """
-    head_dim, bits = quantizer.head_dim, quantizer.code_bits
+    head_dim, bits, (batch, heads, length) = quantizer.head_dim, quantizer.code_bits, shape
     constants: dict[str, Any] = {"D": head_dim, "BITS": bits}
+    vectors = batch * heads * length
     if encode:
         constants["CORRECTED"] = quantizer.norm == "corrected"
     name = "compress" if encode else "decompress"
     if quantizer.rotation != "hadamard":
         block_d = max(32, tuning.next_power_of_two(head_dim))
-        return f"dense_{name}", constants | {"BLOCK_V": 16 if block_d > 128 else 32, "BLOCK_D": block_d}, 4
+        block_v = 16 if block_d > 128 else 32
+        grid = tuning.ceil_div(vectors, block_v), 1, 1
+        return f"dense_{name}", constants | {"BLOCK_V": block_v, "BLOCK_D": block_d}, grid, 4
     half, codebook = 2 ** (bits - 1), quantizer.codebook
     if encode:
         constants["BOUNDARIES"] = tuple(codebook.boundaries[half:].tolist())
-    lanes = min(8 if length < FEW_VECTORS else 4, head_dim // 8)
+    many = max(2, head_dim // 64) if encode else 4
+    lanes = min((16 if encode else 8) if vectors <= FEW_VECTORS else many, head_dim // 8)
     block_v = 32 // lanes  # one warp, in which Triton's layouts of [BLOCK_V, lanes] agree
+    tiled = length % block_v == 0 and max(batch, heads) < 2**16
+    grid = (length // block_v, heads, batch) if tiled else (tuning.ceil_div(vectors, block_v), 1, 1)
     constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": centroid_words(codebook.centroids[half:])}
-    constants |= {"TILED": length % block_v == 0, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
-    return name, constants, 1
+    constants |= {"TILED": tiled, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
+    return name, constants, grid, 1
 
 
 def centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:

@@ -44,6 +44,23 @@ prmt.b32 $7, first, second, 0x37BB;
 }""")
 LOOKUP_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r")
 
+# $0 = $2 + the bits of an index, each of its own weight, by a binary search of |z| among bounds: `_find` says the same.
+# Predicates select bounds and add; bits pass through registers of integers so that ptxas takes the magnitude for free.
+FIND = tl.constexpr(tuple(
+    "{.reg .pred p1, p2, p3; .reg .b32 i; .reg .f32 z, t, u; "
+    "shr.s32 i, $1, 31; add.s32 i, i, $1; mov.b32 z, i; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
+    for text in (
+        "",
+        "setp.ge.f32 p1, z, $4; @p1 add.f32 $0, $0, $3;",
+        "setp.ge.f32 p1, z, $6; selp.f32 t, $7, $5, p1; setp.ge.f32 p2, z, t; "
+        "@p1 add.f32 $0, $0, $4; @p2 add.f32 $0, $0, $3;",
+        "setp.ge.f32 p1, z, $9; selp.f32 t, $11, $7, p1; setp.ge.f32 p2, z, t; "
+        "selp.f32 t, $10, $6, p1; selp.f32 u, $12, $8, p1; selp.f32 t, u, t, p2; setp.ge.f32 p3, z, t; "
+        "@p1 add.f32 $0, $0, $5; @p2 add.f32 $0, $0, $4; @p3 add.f32 $0, $0, $3;",
+    )
+))  # fmt: skip
+HALVES = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")  # of two bfloat16, as float32
+
 
 @triton.jit
 def floats(bits):
@@ -154,45 +171,32 @@ def _halve(x):
 
 
 @triton.jit
-def _search(opposite, r, BOUNDARIES: tl.constexpr, BITS: tl.constexpr):
-    """The BITS − 1 bits of the index of a magnitude, the highest first, each 0.0 or 1.0.
+def _find(opposite, word, bounds, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """word + the BITS − 1 bits of the index of a magnitude, the lowest at bit FIRST.
 
     Args:
       opposite: −y. Where its sign is set, y is positive and counts as the next smaller magnitude, and a magnitude on a
         boundary is above it: so a coordinate on a boundary goes down on both sides of zero.
-      r: the radius.
-      BOUNDARIES: the positive ones.
+      word: MAGIC + an integer.
+      bounds: the positive boundaries times the radius.
     """
-    bits = opposite.to(tl.int32, bitcast=True)
-    z = tl.abs((bits + (bits >> 31)).to(tl.float32, bitcast=True))
-    found = ()
-    if BITS == 2:
-        found = (_reaches(z, BOUNDARIES[0] * r),)
-    if BITS == 3:
-        m1 = _reaches(z, BOUNDARIES[1] * r)
-        m2 = _reaches(z, tl.fma(m1, BOUNDARIES[2] - BOUNDARIES[0], BOUNDARIES[0]) * r)
-        found = (m1, m2)
-    if BITS == 4:
-        m1 = _reaches(z, BOUNDARIES[3] * r)
-        m2 = _reaches(z, tl.fma(m1, BOUNDARIES[5] - BOUNDARIES[1], BOUNDARIES[1]) * r)
-        lower = tl.fma(m1, BOUNDARIES[4] - BOUNDARIES[0], BOUNDARIES[0])
-        steps: tl.constexpr = BOUNDARIES[2] - BOUNDARIES[0]
-        step = tl.fma(m1, BOUNDARIES[6] - BOUNDARIES[4] - steps, steps)
-        found = (m1, m2, _reaches(z, tl.fma(m2, step, lower) * r))
+    if BITS == 1:
+        found = word
+    elif PTX:
+        arguments = (opposite, word)
+        for n in tl.static_range(BITS - 1):
+            arguments += (1.0 * (1 << (FIRST + n)),)
+        found = tl.inline_asm_elementwise(
+            FIND[BITS - 1], "=f,r,f" + ",f" * (BITS - 1 + len(bounds)), arguments + bounds, tl.float32, True, 1
+        )
+    else:
+        bits = opposite.to(tl.int32, bitcast=True)
+        z = tl.abs((bits + (bits >> 31)).to(tl.float32, bitcast=True))
+        index = tl.where(z >= bounds[0], 1.0, 0.0)
+        for i in tl.static_range(1, len(bounds)):
+            index += tl.where(z >= bounds[i], 1.0, 0.0)
+        found = word + index * (1 << FIRST)
     return found
-
-
-@triton.jit
-def _place(found, word, FIRST: tl.constexpr, BITS: tl.constexpr):
-    """word + the bits found, the last of them at bit FIRST."""
-    for n in tl.static_range(BITS - 1):
-        word = tl.fma(found[n], 1.0 * (1 << (FIRST + BITS - 2 - n)), word)
-    return word
-
-
-@triton.jit
-def _reaches(a, b):
-    return tl.where(a >= b, 1.0, 0.0)
 
 
 @triton.jit
@@ -218,10 +222,12 @@ def _centroids(word, CENTROIDS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _indices(word, BITS: tl.constexpr):
-    """Nibbles of sign and magnitude as indices: a magnitude's bits are reversed where the sign is not set."""
-    negative = (~word >> (BITS - 1)) & 0x11111111
-    return word ^ (negative * (2 ** (BITS - 1) - 1))
+def _flips(positive, BITS: tl.constexpr):
+    """What takes nibbles of magnitudes to indices, and indices to magnitudes and back, by exclusive or.
+
+    A magnitude's bits are reversed where bit BITS − 1 of its nibble is not set in `positive`, else that bit is added.
+    """
+    return (positive >> (BITS - 1)) + (2 ** (BITS - 1) - 1) * 0x11111111
 
 
 @triton.jit
@@ -254,41 +260,46 @@ def _store(ptr, word, live, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(codes_ptr, group, word, live, D: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Eight indices of each vector, of the coordinates from 8·group on; codes_ptr [V, 1] are those of the vectors."""
+def _store_codes(codes_ptr, lane, FIRST: tl.constexpr, word, live, D: tl.constexpr, BITS: tl.constexpr,
+                 ALIGNED: tl.constexpr):  # fmt: skip
+    """Eight indices of each vector, of the coordinates from 8·(FIRST + lane) on; codes_ptr [V, 1] are the vectors'."""
     if BITS == 4:
-        _store(codes_ptr + 4 * group, word, live, 4, ALIGNED)
+        _store(codes_ptr + 4 * lane + 4 * FIRST, word, live, 4, ALIGNED)
     elif BITS == 1:
-        _store(codes_ptr + group, _one_bit(word, 4, 2), live, 1, ALIGNED)
+        _store(codes_ptr + lane + FIRST, _one_bit(word, 4, 2), live, 1, ALIGNED)
     else:
-        _store(codes_ptr + 2 * group, _two_bits(word), live, 2, ALIGNED)
+        _store(codes_ptr + 2 * lane + 2 * FIRST, _two_bits(word), live, 2, ALIGNED)
         if BITS == 3:
-            _store(codes_ptr + D // 4 + group, _one_bit(word >> 2, 2, 4), live, 1, ALIGNED)
+            _store(codes_ptr + lane + (D // 4 + FIRST), _one_bit(word >> 2, 2, 4), live, 1, ALIGNED)
 
 
 @triton.jit
 def places(vectors, K, T, V: tl.constexpr, TILED: tl.constexpr):
-    """(b, k, t, whether there is such a vector) of a program's V vectors of [B, K, T]; TILED: T is a multiple of V."""
+    """(b, k, t, whether there is such a vector) of a program's V vectors of [B, K, T]; TILED: a grid [T / V, K, B]."""
     if TILED:
-        blocks = T // V
-        head = tl.program_id(0) // blocks
-        t = tl.program_id(0) % blocks * V + tl.arange(0, V)
-        live = t < T
+        t = tl.program_id(0) * V + tl.arange(0, V)
+        head, b, live = tl.program_id(1), tl.program_id(2), t < T
+        return b.to(tl.int64), head.to(tl.int64), t.to(tl.int64), live
     else:
         v = tl.program_id(0) * V + tl.arange(0, V)
-        head, t, live = v // T, v % T, v < vectors
-    return (head // K).to(tl.int64), (head % K).to(tl.int64), t.to(tl.int64), live
+        head = v // T
+        return (head // K).to(tl.int64), (head % K).to(tl.int64), (v % T).to(tl.int64), v < vectors
 
 
 @triton.jit
-def _load(x_row_ptr, center_row_ptr, live, D: tl.constexpr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr):
+def _load(x_row_ptr, center_row_ptr, live, D: tl.constexpr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
+          PTX: tl.constexpr):  # fmt: skip
     """x less its center, as 8·J tensors of [V, L] float32."""
     within = tl.arange(0, L)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     x = ()
     for j in tl.static_range(J):
         d = 8 * L * j + within
         inside = live[:, None, None]
-        part = tl.load(x_row_ptr[:, None, None] + d, mask=inside, other=0.0).to(tl.float32)
+        part = tl.load(x_row_ptr[:, None, None] + d, mask=inside, other=0.0)
+        if PTX and part.dtype == tl.bfloat16:
+            part = tl.inline_asm_elementwise(HALVES, "=r,=r,r", [part], tl.int32, True, 2)
+            part = part.to(tl.float32, bitcast=True)
+        part = part.to(tl.float32)
         if center_row_ptr is not None:
             part = part - tl.load(center_row_ptr[:, None, None] + d, mask=inside, other=0.0)
         x = x + _split8(part, V, L)
@@ -361,8 +372,8 @@ def compress_kernel(
     norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
 
-    lane = tl.arange(0, L)
-    x = _load(x_row_ptr, center_row_ptr, live, D, V, L, J)
+    lane = tl.arange(0, L)[None, :]
+    x = _load(x_row_ptr, center_row_ptr, live, D, V, L, J, PTX)
     largest = tl.abs(x[0])
     for i in tl.static_range(1, 8 * J):
         largest = tl.maximum(largest, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
@@ -377,7 +388,11 @@ def compress_kernel(
     length = tl.sqrt_rn(square)
 
     y = _rotate(scaled, table_ptr, V, L, J)
-    radius = tl.where(usable, length, 1.0)[:, None]
+    radius = tl.where(usable, length, 1.0)[:, None] + tl.zeros([V, L], tl.float32)
+    bounds = ()
+    for i in tl.static_range(len(BOUNDARIES)):
+        bounds += (BOUNDARIES[i] * radius,)
+    has_sign = tl.where(usable, 0x11111111 << (BITS - 1), 0).to(tl.uint32)[:, None]
     products = ()
     for j in tl.static_range(J):
         low, high = tl.full([V, L], MAGIC, tl.float32), tl.full([V, L], MAGIC, tl.float32)
@@ -385,18 +400,15 @@ def compress_kernel(
         magnitudes = ()
         for i in tl.static_range(8):  # from the highest nibble on
             opposite = tl.fma(y[8 * j + (7 - i ^ 1)], -SCALE, 0.0)  # never -0
-            found = _search(opposite, radius, BOUNDARIES, BITS)
             if i < 4:
-                high = _place(found, high, 12 - 4 * i, BITS)
+                high = _find(opposite, high, bounds, 12 - 4 * i, BITS, PTX)
             else:
-                low = _place(found, low, 28 - 4 * i, BITS)
+                low = _find(opposite, low, bounds, 28 - 4 * i, BITS, PTX)
             signs = (signs << 4) | (opposite.to(tl.uint32, bitcast=True) >> 28)
             magnitudes += (tl.abs(opposite),)
         word = (low.to(tl.int32, bitcast=True) & 0xFFFF) | (high.to(tl.int32, bitcast=True) << 16)
-        positive = (signs.to(tl.int32, bitcast=True) >> 3 & 0x11111111) << (BITS - 1)
-        index = _indices(tl.where(usable[:, None], word | positive, 0), BITS)
-        group = (j * L + lane)[None, :]
-        _store_codes(code_row_ptr, group, index, inside[:, None], D, BITS, ALIGNED)
+        index = word.to(tl.uint32, bitcast=True) ^ _flips((signs >> (4 - BITS)) & has_sign, BITS)
+        _store_codes(code_row_ptr, lane, j * L, index, inside[:, None], D, BITS, ALIGNED)
         if CORRECTED:
             centroids = _centroids(word, CENTROIDS, PTX)
             for i in tl.static_range(8):

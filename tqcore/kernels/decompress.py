@@ -8,7 +8,7 @@ Source: docs/format.md, section 4.
 import triton
 import triton.language as tl
 
-from tqcore.kernels.compress import ROTATION, _centroids, _hadamard, _indices, floats, places
+from tqcore.kernels.compress import ROTATION, _centroids, _flips, _hadamard, floats, places
 
 SIGN_BIT = tl.constexpr(-(2**31))
 
@@ -101,11 +101,11 @@ def decompress_kernel(
     x = ()
     for j in tl.static_range(J):
         group = (j * L + lane)[None, :]
-        index = _load_codes(code_row_ptr, group, live[:, None], D, BITS, ALIGNED)
-        word = _indices(index, BITS)  # its own inverse
-        centroids = _centroids(word & (0x11111111 * (2 ** (BITS - 1) - 1)), CENTROIDS, PTX)
+        index = _load_codes(code_row_ptr, group, live[:, None], D, BITS, ALIGNED).to(tl.uint32, bitcast=True)
+        word = (index ^ _flips(index & (0x11111111 << (BITS - 1)), BITS)).to(tl.int32, bitcast=True)
+        centroids = _centroids(word, CENTROIDS, PTX)
         for i in tl.static_range(8):
-            negative = (~word << (31 - 4 * (i ^ 1) - (BITS - 1))) & SIGN_BIT
+            negative = (~index.to(tl.int32, bitcast=True) << (31 - 4 * (i ^ 1) - (BITS - 1))) & SIGN_BIT
             x += ((centroids[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
     if not ROTATED:
         x = _hadamard(x, 0, V, L)
