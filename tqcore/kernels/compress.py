@@ -22,27 +22,25 @@ MIN_EXPONENT_BITS = tl.constexpr(fixed_point.MIN_EXPONENT_BITS)
 MAGIC = tl.constexpr(8388608.0)  # 2^23: the low bits of MAGIC + n are n
 ROTATION = tl.constexpr(32)  # where the signs start in `tqcore.kernels.compress_table`
 
-# The centroids of the eight nibbles of $8, by three bits of each, from the lowest nibble on. Their float32 end in two
-# bytes of zeros: $9 $10 are the first bytes of the eight, $11 $12 the second ones. A selector of `prmt` with its fourth
-# bit set repeats a byte's sign, which is zero.
+# The centroids of four nibbles of $8 and of four of $9, by three bits of each, from the lowest on; the fourth bit is 0.
+# Their float32 end in two bytes of zeros: $10 $11 are the first bytes of the eight, $12 $13 the second ones. A selector
+# of `prmt` with its fourth bit set repeats a byte's sign, which is zero.
 LOOKUP = tl.constexpr("""{
-.reg .b32 select, first, second;
-and.b32 select, $8, 0x77777777;
-prmt.b32 first, $9, $10, select;
-prmt.b32 second, $11, $12, select;
+.reg .b32 first, second;
+prmt.b32 first, $10, $11, $8;
+prmt.b32 second, $12, $13, $8;
 prmt.b32 $0, first, second, 0x0488;
 prmt.b32 $1, first, second, 0x1599;
 prmt.b32 $2, first, second, 0x26AA;
 prmt.b32 $3, first, second, 0x37BB;
-shr.u32 select, select, 16;
-prmt.b32 first, $9, $10, select;
-prmt.b32 second, $11, $12, select;
+prmt.b32 first, $10, $11, $9;
+prmt.b32 second, $12, $13, $9;
 prmt.b32 $4, first, second, 0x0488;
 prmt.b32 $5, first, second, 0x1599;
 prmt.b32 $6, first, second, 0x26AA;
 prmt.b32 $7, first, second, 0x37BB;
 }""")
-LOOKUP_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r")
+LOOKUP_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r")
 
 # $0 = $2 + the bits of an index, each of its own weight, by a binary search of |z| among bounds: `_find` says the same.
 # Predicates select bounds and add; bits pass through registers of integers so that ptxas takes the magnitude for free.
@@ -187,7 +185,7 @@ def _find(opposite, word, bounds, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: 
         for n in tl.static_range(BITS - 1):
             arguments += (1.0 * (1 << (FIRST + n)),)
         found = tl.inline_asm_elementwise(
-            FIND[BITS - 1], "=f,r,f" + ",f" * (BITS - 1 + len(bounds)), arguments + bounds, tl.float32, True, 1
+            FIND[BITS - 1], "=&f,r,f" + ",f" * (BITS - 1 + len(bounds)), arguments + bounds, tl.float32, True, 1
         )
     else:
         bits = opposite.to(tl.int32, bitcast=True)
@@ -200,13 +198,20 @@ def _find(opposite, word, bounds, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: 
 
 
 @triton.jit
-def _centroids(word, CENTROIDS: tl.constexpr, PTX: tl.constexpr):
-    """The positive centroid of each nibble of a word, the lowest first, by three bits of it."""
+def table_words(CENTROIDS: tl.constexpr, t):
+    """CENTROIDS + 0 · t, t the places of vectors: ptxas else keeps them in uniform registers, which `prmt` cannot read."""
+    zero = (t.to(tl.int32) >> 31)[:, None]
+    return CENTROIDS[0] + zero, CENTROIDS[1] + zero, CENTROIDS[2] + zero, CENTROIDS[3] + zero
+
+
+@triton.jit
+def centroids(low, high, table, PTX: tl.constexpr):
+    """The positive centroid of each of four nibbles of `low`, the lowest first, then of `high`; no nibble is above 7."""
     if PTX:
         found = tl.inline_asm_elementwise(
             LOOKUP,
             LOOKUP_CONSTRAINTS,
-            [word, CENTROIDS[0], CENTROIDS[1], CENTROIDS[2], CENTROIDS[3]],
+            [low, high, table[0], table[1], table[2], table[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True,
             pack=1,
@@ -214,11 +219,20 @@ def _centroids(word, CENTROIDS: tl.constexpr, PTX: tl.constexpr):
     else:
         found = ()
         for i in tl.static_range(8):
-            index = (word >> (4 * i)) & 7
-            first = (tl.where(index < 4, CENTROIDS[0], CENTROIDS[1]) >> (index % 4 * 8)) & 255
-            second = (tl.where(index < 4, CENTROIDS[2], CENTROIDS[3]) >> (index % 4 * 8)) & 255
+            index = ((low if i < 4 else high) >> (4 * (i % 4))) & 7
+            first = (tl.where(index < 4, table[0], table[1]) >> (index % 4 * 8)) & 255
+            second = (tl.where(index < 4, table[2], table[3]) >> (index % 4 * 8)) & 255
             found += (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
     return found
+
+
+@triton.jit
+def _low_halves(low, high, PTX: tl.constexpr):
+    """The lowest 16 bits of two words as one."""
+    if PTX:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], tl.int32, True, 1)
+    else:
+        return (low & 0xFFFF) | (high << 16)
 
 
 @triton.jit
@@ -278,8 +292,8 @@ def places(vectors, K, T, V: tl.constexpr, TILED: tl.constexpr):
     """(b, k, t, whether there is such a vector) of a program's V vectors of [B, K, T]; TILED: a grid [T / V, K, B]."""
     if TILED:
         t = tl.program_id(0) * V + tl.arange(0, V)
-        head, b, live = tl.program_id(1), tl.program_id(2), t < T
-        return b.to(tl.int64), head.to(tl.int64), t.to(tl.int64), live
+        k, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        return b, k, t.to(tl.int64), tl.full([V], 1, tl.int1)
     else:
         v = tl.program_id(0) * V + tl.arange(0, V)
         head = v // T
@@ -297,7 +311,7 @@ def _load(x_row_ptr, center_row_ptr, live, D: tl.constexpr, V: tl.constexpr, L: 
         inside = live[:, None, None]
         part = tl.load(x_row_ptr[:, None, None] + d, mask=inside, other=0.0)
         if PTX and part.dtype == tl.bfloat16:
-            part = tl.inline_asm_elementwise(HALVES, "=r,=r,r", [part], tl.int32, True, 2)
+            part = tl.inline_asm_elementwise(HALVES, "=&r,=r,r", [part], tl.int32, True, 2)
             part = part.to(tl.float32, bitcast=True)
         part = part.to(tl.float32)
         if center_row_ptr is not None:
@@ -307,7 +321,7 @@ def _load(x_row_ptr, center_row_ptr, live, D: tl.constexpr, V: tl.constexpr, L: 
 
 
 @triton.jit
-def _rotate(x, table_ptr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr):
+def _rotate(x, table_ptr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr, PTX: tl.constexpr):
     """H (signs ⊙ x): R x but for the factor."""
     within = tl.arange(0, L)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     y = ()
@@ -316,8 +330,18 @@ def _rotate(x, table_ptr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr):
         for i in tl.static_range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
             first = x[8 * j + i] * signs[i]
             second = x[8 * j + i + 1]
-            y += (tl.fma(second, signs[i + 1], first), tl.fma(second, -signs[i + 1], first))
+            y += (tl.fma(second, signs[i + 1], first), _less(first, second, signs[i + 1], PTX))
     return _hadamard(y, 1, V, L)
+
+
+@triton.jit
+def _less(a, b, c, PTX: tl.constexpr):
+    """a − b · c, rounded once; Triton would negate by a subtraction."""
+    if PTX:
+        text: tl.constexpr = "{.reg .f32 n; neg.f32 n, $2; fma.rn.f32 $0, n, $3, $1;}"
+        return tl.inline_asm_elementwise(text, "=f,f,f,f", [a, b, c], tl.float32, True, 1)
+    else:
+        return tl.fma(b, -c, a)
 
 
 @triton.jit
@@ -354,7 +378,7 @@ def compress_kernel(
     CORRECTED: tl.constexpr,
     SCALE: tl.constexpr,  # 1/√D
     BOUNDARIES: tl.constexpr,  # the positive ones
-    CENTROIDS: tl.constexpr,  # the positive ones, as `_centroids` reads them
+    CENTROIDS: tl.constexpr,  # the positive ones, as `centroids` reads them
     TILED: tl.constexpr,
     ALIGNED: tl.constexpr,  # whether words of codes can be stored at once
     PTX: tl.constexpr,
@@ -387,16 +411,17 @@ def compress_kernel(
     square = _tree_sum(squares, V, L)
     length = tl.sqrt_rn(square)
 
-    y = _rotate(scaled, table_ptr, V, L, J)
+    y = _rotate(scaled, table_ptr, V, L, J, PTX)
     radius = tl.where(usable, length, 1.0)[:, None] + tl.zeros([V, L], tl.float32)
     bounds = ()
     for i in tl.static_range(len(BOUNDARIES)):
         bounds += (BOUNDARIES[i] * radius,)
     has_sign = tl.where(usable, 0x11111111 << (BITS - 1), 0).to(tl.uint32)[:, None]
+    table = table_words(CENTROIDS, t)
     products = ()
     for j in tl.static_range(J):
         low, high = tl.full([V, L], MAGIC, tl.float32), tl.full([V, L], MAGIC, tl.float32)
-        signs = tl.zeros([V, L], tl.uint32)
+        signs = tl.zeros([V, L], tl.int32)
         magnitudes = ()
         for i in tl.static_range(8):  # from the highest nibble on
             opposite = tl.fma(y[8 * j + (7 - i ^ 1)], -SCALE, 0.0)  # never -0
@@ -404,15 +429,20 @@ def compress_kernel(
                 high = _find(opposite, high, bounds, 12 - 4 * i, BITS, PTX)
             else:
                 low = _find(opposite, low, bounds, 28 - 4 * i, BITS, PTX)
-            signs = (signs << 4) | (opposite.to(tl.uint32, bitcast=True) >> 28)
+            bits = opposite.to(tl.int32, bitcast=True)
+            if i == 0:
+                signs = bits >> 28  # its own sign above leaves the word at the top
+            else:
+                signs = (signs << 4) | (bits.to(tl.uint32, bitcast=True) >> 28).to(tl.int32, bitcast=True)
             magnitudes += (tl.abs(opposite),)
-        word = (low.to(tl.int32, bitcast=True) & 0xFFFF) | (high.to(tl.int32, bitcast=True) << 16)
-        index = word.to(tl.uint32, bitcast=True) ^ _flips((signs >> (4 - BITS)) & has_sign, BITS)
+        low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
+        positive = (signs.to(tl.uint32, bitcast=True) >> (4 - BITS)) & has_sign
+        index = _low_halves(low, high, PTX).to(tl.uint32, bitcast=True) ^ _flips(positive, BITS)
         _store_codes(code_row_ptr, lane, j * L, index, inside[:, None], D, BITS, ALIGNED)
         if CORRECTED:
-            centroids = _centroids(word, CENTROIDS, PTX)
+            found = centroids(low, high, table, PTX)
             for i in tl.static_range(8):
-                products += (magnitudes[7 - i ^ 1] * centroids[i ^ 1],)
+                products += (magnitudes[7 - i ^ 1] * found[i ^ 1],)
     norm = length
     if CORRECTED:
         along = _tree_sum(products, V, L)

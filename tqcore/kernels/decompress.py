@@ -8,7 +8,7 @@ Source: docs/format.md, section 4.
 import triton
 import triton.language as tl
 
-from tqcore.kernels.compress import ROTATION, _centroids, _flips, _hadamard, floats, places
+from tqcore.kernels.compress import ROTATION, _flips, _hadamard, centroids, floats, places, table_words
 
 SIGN_BIT = tl.constexpr(-(2**31))
 
@@ -81,7 +81,7 @@ def decompress_kernel(
     BITS: tl.constexpr,
     ROTATED: tl.constexpr,  # leaves R x̂
     SCALE: tl.constexpr,  # 1/√D
-    CENTROIDS: tl.constexpr,  # the positive ones, as `_centroids` reads them
+    CENTROIDS: tl.constexpr,  # the positive ones, as `centroids` reads them
     TILED: tl.constexpr,
     ALIGNED: tl.constexpr,  # whether words of codes can be loaded at once
     PTX: tl.constexpr,
@@ -97,16 +97,16 @@ def decompress_kernel(
     norm = tl.load(norm_ptr, mask=live, other=0.0)[:, None]
     if center_ptr is not None:
         center_row_ptr = center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s
-    lane = tl.arange(0, L)
+    lane, table = tl.arange(0, L), table_words(CENTROIDS, s)
     x = ()
     for j in tl.static_range(J):
         group = (j * L + lane)[None, :]
         index = _load_codes(code_row_ptr, group, live[:, None], D, BITS, ALIGNED).to(tl.uint32, bitcast=True)
         word = (index ^ _flips(index & (0x11111111 << (BITS - 1)), BITS)).to(tl.int32, bitcast=True)
-        centroids = _centroids(word, CENTROIDS, PTX)
+        found = centroids(word, word >> 16, table, PTX)
         for i in tl.static_range(8):
             negative = (~index.to(tl.int32, bitcast=True) << (31 - 4 * (i ^ 1) - (BITS - 1))) & SIGN_BIT
-            x += ((centroids[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
+            x += ((found[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
     if not ROTATED:
         x = _hadamard(x, 0, V, L)
     within = lane[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
