@@ -44,8 +44,8 @@ def compress(
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-      implementation: "xla" (any device), "pallas_triton" (CUDA; interpreted on a CPU) or "triton" (CUDA and an installed
-        Triton), both for head_dim 8 to 256, or None: on CUDA triton, else pallas_triton, where they can, else xla.
+      implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
+        Triton), both for head_dim 8 to 256; or None: on CUDA triton, else pallas_triton, where they can, else xla.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -111,8 +111,8 @@ def decompress(
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
       rotated: leaves R x̂, all of it, in place of x̂.
-      implementation: "xla" (any device), "pallas_triton" (CUDA; interpreted on a CPU) or "triton" (CUDA and an installed
-        Triton), both for head_dim 8 to 256, or None: on CUDA triton, else pallas_triton, where they can, else xla.
+      implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
+        Triton), both for head_dim 8 to 256; or None: on CUDA triton, else pallas_triton, where they can, else xla.
 
     Returns:
       [..., S, D] of `dtype`.

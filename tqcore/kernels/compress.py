@@ -199,14 +199,14 @@ def _find(opposite, word, bounds, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: 
 
 @triton.jit
 def table_words(CENTROIDS: tl.constexpr, t):
-    """CENTROIDS + 0 · t, t the places of vectors: ptxas else keeps them in uniform registers, which `prmt` cannot read."""
+    """CENTROIDS + 0 · t, t the places of vectors: else ptxas keeps them in uniform registers, unfit for `prmt`."""
     zero = (t.to(tl.int32) >> 31)[:, None]
     return CENTROIDS[0] + zero, CENTROIDS[1] + zero, CENTROIDS[2] + zero, CENTROIDS[3] + zero
 
 
 @triton.jit
 def centroids(low, high, table, PTX: tl.constexpr):
-    """The positive centroid of each of four nibbles of `low`, the lowest first, then of `high`; no nibble is above 7."""
+    """The positive centroids of four nibbles of `low`, from the lowest on, then of `high`; no nibble is above 7."""
     if PTX:
         found = tl.inline_asm_elementwise(
             LOOKUP,
