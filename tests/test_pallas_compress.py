@@ -1,5 +1,7 @@
 """The Pallas twin of the encoders and decoders, against the oracle. XLA compiles what is interpreted: small vectors."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from test_compress import Case, check, vectors
 import tqcore
 import tqjax
 from tqcore import PackedVectors, Quantizer
-from tqjax import compress_ops, triton_compress
+from tqjax import compress_ops, pallas_compress, triton_compress
 
 CASES = [
     Case(D=16, bits=4),
@@ -80,3 +82,18 @@ def test_none_prefers_triton(monkeypatch, operation):
     assert found() == ["pallas_triton"]
     monkeypatch.setattr(compress_ops, "pallas_compress", None)
     assert found() == []
+
+
+def compiled(capability):
+    """Resources of the encoder of many vectors."""
+    from cubin import compile_ttir, pallas_ttir, resources
+
+    encode = partial(pallas_compress.compress, quantizer=Quantizer(128))
+    ((text, num_warps, num_stages),) = pallas_ttir(encode, jax.ShapeDtypeStruct((2**16, 128), jnp.bfloat16))
+    return resources(compile_ttir(text, capability, num_warps=num_warps, num_stages=num_stages), capability)
+
+
+def test_compiles(in_compiling_process, record_property):
+    taken = in_compiling_process(compiled, 90)
+    record_property("resources", f"pallas_compress  sm_90 : {taken.registers} registers, {taken.spill_bytes} spilled")
+    assert taken.spill_bytes == 0 and taken.registers <= 168
