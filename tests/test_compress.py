@@ -154,9 +154,9 @@ def compiled(name, head_dim, bits, vectors, capability):
 
 @pytest.mark.parametrize(
     ("name", "head_dim", "bits", "vectors", "capability"),
-    [*(case + (capability,) for capability in (80, 90, 100) for case in (
-        ("compress", 128, 4, 2**16), ("compress", 64, 3, 2**16), ("compress", 128, 4, 512), ("decompress", 128, 4, 2**16),
-        ("dense_compress", 80, 3, 2), ("dense_decompress", 80, 4, 2))),
+    [*((*case, capability) for capability in (80, 90, 100) for case in (
+        ("compress", 128, 4, 2**16), ("compress", 64, 3, 2**16), ("compress", 128, 4, 512),
+        ("decompress", 128, 4, 2**16), ("dense_compress", 80, 3, 2), ("dense_decompress", 80, 4, 2))),
      ("compress", 128, 2, 2**16, 90), ("compress", 256, 4, 2**16, 90)],
 )  # fmt: skip
 def test_compiles(in_compiling_process, name, head_dim, bits, vectors, capability, record_property):

@@ -26,9 +26,9 @@ KERNELS = {
     "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
 FEW_VECTORS = 8192  # up to which they are spread over more lanes and programs
-# By BITS - 1: $0 = $2 + the bits of an index, each of its own weight from $3 on, the lowest first, by a binary search of
-# a magnitude of $1 among bounds: what `_find` of the encoders says in words. Predicates select bounds and add; the
-# magnitude comes from a register of integers, so that ptxas takes it for free.
+# By BITS - 1: $0 = $2 + the bits of an index, each of its own weight from $3 on, the lowest first, by a binary search
+# among bounds: what `_find` of the encoders says in words. Predicates select bounds and add; the magnitude comes from a
+# register of integers, so that ptxas takes it for free.
 FIND_MAGNITUDE = tuple(
     "{.reg .pred p1, p2, p3; .reg .b32 i; .reg .f32 z, t, u; "
     "shr.s32 i, $1, 31; add.s32 i, i, $1; mov.b32 z, i; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
