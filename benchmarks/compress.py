@@ -85,10 +85,11 @@ def accuracy(bits, device, lead, dry) -> list[dict]:
         expected = tqcore.compress(given.float().cpu().numpy(), quantizer)
         wanted = unpack(expected.codes, np, bits).astype(int)
         of_jax = jnp.asarray(given.float().cpu().numpy()).astype(dtype)
-        for front, package, argument in (("torch", tq_torch, given), ("jax", tqjax, of_jax)):
-            if front == "jax" and dry:
-                continue
-            packed = package.compress(argument, quantizer, implementation="triton")
+        fronts = [("torch", tq_torch, given, "triton")]
+        if not dry:
+            fronts += [("jax", tqjax, of_jax, name) for name in ("triton", "pallas_triton")]
+        for front, package, argument, name in fronts:
+            packed = package.compress(argument, quantizer, implementation=name)
             codes, norms = (np.asarray(a.cpu() if front == "torch" else a) for a in (packed.codes, packed.norms))
             steps = np.abs(unpack(codes, np, bits).astype(int) - wanted)
             same = (steps == 0).all(-1)
@@ -96,7 +97,7 @@ def accuracy(bits, device, lead, dry) -> list[dict]:
             flips = float(np.count_nonzero(steps) / steps.size * 1e6)
             right = bool(flips <= FLIPS_PER_MILLION and steps.max() <= 1 and ulps <= NORM_ULPS[norm])
             rows.append(
-                {"op": "accuracy", "front": front, "implementation": "triton", "bits": bits, "norm": norm}
+                {"op": "accuracy", "front": front, "implementation": name, "bits": bits, "norm": norm}
                 | {"dtype": dtype, "coordinates": steps.size, "flips_per_million": round(flips, 4)}
                 | {"largest_step": int(steps.max()), "norm_ulps": int(ulps), "right": right}
             )
@@ -124,7 +125,7 @@ def encode_and_decode(bits, device, lead, dry) -> list[dict]:
             call = functools.partial(_torch_call, op, quantizer, name)
             groups = [(x,) for x in sets] if op == "compress" else [(one.codes, one.norms) for one in packed]
             functions["torch", name] = call, groups
-        for name in () if dry else ("triton", "xla"):
+        for name in () if dry else ("triton", "pallas_triton", "xla"):
             call = functools.partial(_jax_call, op, quantizer, name)
             groups = [tuple(map(to_jax, given)) for given in functions["torch", "triton"][1]]
             functions["jax", name] = call, groups

@@ -10,7 +10,7 @@ from cases import DTYPES
 
 import tq_torch
 import tqcore
-from tqcore import Quantizer
+from tqcore import Quantizer, kernels
 from tqcore.packing import unpack
 
 
@@ -40,6 +40,7 @@ CASES = [
     Case(D=128, bits=3, dtype="float16", center=True),
     Case(D=128, bits=2, S=33, dtype="bfloat16", seed=3),
     Case(D=256, bits=4, S=2),
+    Case(D=16, bits=4, S=16, center=True),  # programs of one head each
     *(Case(D=80, bits=bits) for bits in (1, 2, 3, 4)),
     Case(D=80, dtype="bfloat16", center=True, norm="plain"),
     Case(D=64, rotation="haar", S=9),
@@ -93,10 +94,11 @@ def encoded(case, strided=False):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-def test_encoders_give_the_oracles_bits(case, strided):
+@pytest.mark.parametrize("few", [False, True], ids=["contiguous", "strided, in more lanes"])
+def test_encoders_give_the_oracles_bits(monkeypatch, case, few):
+    monkeypatch.setattr(kernels, "FEW_VECTORS", kernels.FEW_VECTORS if few else 0)
     x, center = vectors(case)
-    check(case, *encoded(case, strided), tqcore.compress(x, case.quantizer, center=center))
+    check(case, *encoded(case, few), tqcore.compress(x, case.quantizer, center=center))
 
 
 def test_another_seed_is_seen():
@@ -108,7 +110,8 @@ def test_another_seed_is_seen():
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.center], ids=str)
-def test_decoders_agree(case, rotated):
+def test_decoders_agree(monkeypatch, case, rotated):
+    monkeypatch.setattr(kernels, "FEW_VECTORS", kernels.FEW_VECTORS if rotated else 0)
     packed = tqcore.compress(vectors(case)[0], case.quantizer)
     expected = tqcore.decompress(packed, rotated=rotated)
     for dtype in ("float32", case.dtype):
@@ -130,14 +133,17 @@ POINTERS = {"x_ptr": "*bf16", "codes_ptr": "*u8", "norms_ptr": "*fp32", "table_p
 POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32"}
 
 
-def compiled(name, head_dim, bits, capability):
-    """Resources of one kernel, which appends to pages where it encodes."""
+def compiled(name, head_dim, bits, vectors, capability):
+    """Resources of one kernel, which appends to pages where it encodes few vectors."""
     from cubin import compile_kernel, resources
 
     from tqcore.kernels import compress_launch, load
 
-    _, constants, num_warps = compress_launch(Quantizer(head_dim, bits), 2, encode=not name.endswith("decompress"))
+    _, constants, _, num_warps = compress_launch(
+        Quantizer(head_dim, bits), (1, 1, vectors), encode=not name.endswith("decompress")
+    )
     constants |= {"center_ptr": None, "codes_in_ptr": None, "norms_in_ptr": None, "norms_stride_s": 1, "ROTATED": False}
+    constants |= {"starts_ptr": None, "pages_ptr": None} if vectors > kernels.FEW_VECTORS else {}
     kernel = load(name)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {n: POINTERS.get(n, "i32:16") for n in kernel.arg_names if n not in constants}
@@ -147,16 +153,18 @@ def compiled(name, head_dim, bits, capability):
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "bits"),
-    [("compress", 128, 4), ("compress", 64, 3), ("decompress", 128, 4), ("dense_compress", 80, 3),
-     ("dense_decompress", 80, 4)],
+    ("name", "head_dim", "bits", "vectors", "capability"),
+    [*((*case, capability) for capability in (80, 90, 100) for case in (
+        ("compress", 128, 4, 2**16), ("compress", 64, 3, 2**16), ("compress", 128, 4, 512),
+        ("decompress", 128, 4, 2**16), ("dense_compress", 80, 3, 2), ("dense_decompress", 80, 4, 2))),
+     ("compress", 128, 2, 2**16, 90), ("compress", 256, 4, 2**16, 90)],
 )  # fmt: skip
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles(in_compiling_process, name, head_dim, bits, capability, record_property):
-    taken = in_compiling_process(compiled, name, head_dim, bits, capability)
+def test_compiles(in_compiling_process, name, head_dim, bits, vectors, capability, record_property):
+    taken = in_compiling_process(compiled, name, head_dim, bits, vectors, capability)
     record_property(
         "resources",
-        f"{name:<16} sm_{capability:<4} D={head_dim:<4} bits={bits}: {taken.registers:>3} registers, "
-        f"{taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
+        f"{name:<16} sm_{capability:<4} D={head_dim:<4} bits={bits} vectors={vectors:<5}: {taken.registers:>3} "
+        f"registers, {taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
     )
     assert taken.cubin_bytes > 0 and taken.shared_bytes < 99 * 1024
+    assert taken.spill_bytes == 0 and (name.startswith("dense") or taken.registers <= 168)

@@ -41,6 +41,7 @@ HOMES = {
     "triton": {
         "tqcore/kernels/__init__.py",
         "tqcore/kernels/compress.py",
+        "tqcore/kernels/dense_compress.py",
         "tqcore/kernels/decompress.py",
         "tqcore/kernels/scores.py",
         "tqcore/kernels/attention.py",

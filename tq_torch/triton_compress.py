@@ -5,9 +5,10 @@ from functools import cache
 import torch
 
 from tq_torch.triton_call import INTERPRETED
-from tqcore import tuning
 from tqcore.kernels import can_compress, compress_launch, compress_table, load
 from tqcore.quantizer import Quantizer
+
+_PTX = not INTERPRETED and torch.version.hip is None
 
 
 def can_do(x: torch.Tensor, quantizer: Quantizer) -> bool:
@@ -39,10 +40,12 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer):
     x = x if x.stride(3) == 1 else x.contiguous()
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
-    name, constants, num_warps = compress_launch(quantizer, x.element_size(), encode=True)
-    vectors, pages = x.shape[:3].numel(), 0 if page_table is None else page_table.shape[1]
-    load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
-        x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, vectors,
+    name, constants, grid, num_warps = compress_launch(
+        quantizer, x.shape[:3], encode=True, aligned=_aligned(codes), ptx=_PTX
+    )
+    pages = 0 if page_table is None else page_table.shape[1]
+    load(name)[grid](
+        x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, x.shape[:3].numel(),
         *x.stride()[:3], *((0, 0, 0) if center is None else center.stride()[:3]), *codes.stride()[:3], *norms.stride(),
         x.shape[1], x.shape[2], codes.shape[2], codes.shape[0], pages,
         **constants, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
@@ -55,14 +58,19 @@ def decompress(codes, norms, quantizer, dtype, rotated):
     if codes.ndim != 4:
         codes, norms = codes.reshape(1, -1, *codes.shape[-2:]), norms.reshape(1, -1, norms.shape[-1])
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
-    name, constants, num_warps = compress_launch(quantizer, out.element_size(), encode=False)
-    vectors = norms.numel()
-    load(name)[(tuning.ceil_div(vectors, constants["BLOCK_V"]),)](
-        codes, norms, None, _table(quantizer, codes.device), out, vectors,
+    name, constants, grid, num_warps = compress_launch(
+        quantizer, norms.shape, encode=False, aligned=_aligned(codes), ptx=_PTX
+    )
+    load(name)[grid](
+        codes, norms, None, _table(quantizer, codes.device), out, norms.numel(),
         *codes.stride()[:3], *norms.stride(), 0, 0, 0, codes.shape[1], codes.shape[2],
         **constants, ROTATED=rotated, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def _aligned(codes):
+    return not any(n % 4 for n in (codes.data_ptr(), *codes.stride()[:3]))
 
 
 @cache

@@ -13,7 +13,21 @@ from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import triton_compress, xla
 from tqjax.ops import check_devices
 
-IMPLEMENTATIONS = ("xla", "triton")
+try:
+    from tqjax import pallas_compress
+except ImportError:  # a JAX without Pallas-Triton
+    pallas_compress = None
+
+IMPLEMENTATIONS = ("xla", "pallas_triton", "triton")
+NEEDS = {
+    "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton, vectors of up to 2 GiB and head_dim 8 to 256",
+    "triton": "'triton' needs CUDA, an installed Triton and head_dim 8 to 256",
+}
+XLA = {
+    "compress": xla.encode,
+    "append": functools.partial(xla.append, encode=xla.encode),
+    "decompress": xla.decode,
+}
 FEW_VECTORS = 1024  # up to which "xla" appends faster: 512 of keys and of values in 7.7 µs in place of 25.1 (H100)
 
 
@@ -30,8 +44,8 @@ def compress(
       quantizer: the rotation, the codebook, the kind of norm, and whether signs of the residual are kept too.
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
-      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
-        where it can on CUDA, else xla.
+      implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
+        Triton), both for head_dim 8 to 256; or None: on CUDA triton, else pallas_triton, where they can, else xla.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -71,8 +85,7 @@ def append(
       starts: [B] int32.
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
-      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
-        where it can on CUDA for more than a few vectors, else xla.
+      implementation: as for `compress`, and None is xla for a few vectors; "pallas_triton" encodes, and XLA writes.
 
     Returns:
       PackedVectors: `packed` with other arrays.
@@ -98,8 +111,8 @@ def decompress(
       packed: codes [..., S, P], norms [..., S], center [..., 1 or S, D] or None, residual or None.
       dtype: float32, bfloat16 or float16.
       rotated: leaves R x̂, all of it, in place of x̂.
-      implementation: "xla" (any device), "triton" (CUDA and an installed Triton, head_dim 8 to 256), or None: triton
-        where it can on CUDA, else xla.
+      implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
+        Triton), both for head_dim 8 to 256; or None: on CUDA triton, else pallas_triton, where they can, else xla.
 
     Returns:
       [..., S, D] of `dtype`.
@@ -121,20 +134,15 @@ def _compress(x, quantizer, center, implementation):
 
 
 def _encode(x, quantizer, center, implementation):
-    return _choose(
-        implementation, quantizer, functools.partial(triton_compress.compress, quantizer=quantizer),
-        functools.partial(xla.encode, quantizer=quantizer), x, center=center,
-    )  # fmt: skip
+    return _choose(implementation, "compress", {"quantizer": quantizer}, x, x, center=center)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _append(packed, x, starts, page_table, implementation):
-    quantizer = packed.quantizer
     if implementation is None and math.prod(x.shape[:-1]) <= FEW_VECTORS:
         implementation = "xla"
     return _choose(
-        implementation, quantizer, functools.partial(triton_compress.append, quantizer=quantizer),
-        functools.partial(xla.append, quantizer=quantizer), packed.codes, packed.norms, x,
+        implementation, "append", {"quantizer": packed.quantizer}, x, packed.codes, packed.norms, x,
         center=packed.center, starts=starts, page_table=page_table,
     )  # fmt: skip
 
@@ -147,33 +155,53 @@ def _decompress(packed, dtype, rotated, implementation):
 
 def _decode(codes, norms, quantizer, dtype, rotated, implementation):
     options = {"quantizer": quantizer, "dtype": dtype, "rotated": rotated}
-    return _choose(
-        implementation, quantizer, functools.partial(triton_compress.decompress, **options),
-        functools.partial(xla.decode, **options), codes, norms,
-    )  # fmt: skip
+    vectors = jax.ShapeDtypeStruct((*norms.shape, quantizer.head_dim), jnp.dtype(dtype))
+    return _choose(implementation, "decompress", options, vectors, codes, norms)
 
 
-def _choose(implementation, quantizer, kernel, plain, *arrays, **named):
-    """Calls one implementation on `arrays` and those of `named`, which may be None."""
+def _choose(implementation, operation, options, vectors, *arrays, **named):
+    """Calls one implementation on `arrays` and those of `named`, which may be None; `vectors` are the dense ones."""
     names = [name for name, x in named.items() if x is not None]
     operands = [*arrays, *(named[name] for name in names)]
 
     def with_names(function):
         def call(*operands):
             given = dict.fromkeys(named) | dict(zip(names, operands[len(arrays) :], strict=True))
-            return function(*operands[: len(arrays)], **given)
+            return function(*operands[: len(arrays)], **given, **options)
 
         return call
 
-    if implementation == "xla" or any(0 in x.shape for x in operands):
-        return with_names(plain)(*operands)
-    if not triton_compress.can_do(quantizer):
-        if implementation is None:
-            return with_names(plain)(*operands)
+    quantizer, plain = options["quantizer"], with_names(XLA[operation])
+    kernels = _kernels(operation, quantizer, vectors)
+    name = implementation or next(iter(kernels), "xla")
+    if name == "xla" or any(0 in x.shape for x in operands):
+        return plain(*operands)
+    if name not in kernels:
         raise NotImplementedError(
-            "'triton' needs CUDA, an installed Triton and head_dim 8 to 256, "
-            f"got head_dim={quantizer.head_dim}; 'xla' has no such need."
+            f"{NEEDS[name]}, got head_dim={quantizer.head_dim}, {vectors.size * vectors.dtype.itemsize} bytes; "
+            "'xla' has no such need."
         )
-    if implementation == "triton":
-        return with_names(kernel)(*operands)
-    return lax.platform_dependent(*operands, cuda=with_names(kernel), default=with_names(plain))
+    kernel = with_names(kernels[name])
+    if implementation is None:
+        return lax.platform_dependent(*operands, cuda=kernel, default=plain)
+    if name == "triton":
+        return kernel(*operands)
+    interpreted = with_names(_pallas(operation, interpret=True))
+    return lax.platform_dependent(*operands, cuda=kernel, cpu=interpreted)
+
+
+def _kernels(operation, quantizer, vectors):
+    """The kernels that can do this on CUDA, the best first."""
+    kernels = {}
+    if triton_compress.can_do(quantizer):
+        kernels["triton"] = getattr(triton_compress, operation)
+    if pallas_compress is not None and pallas_compress.can_do(quantizer, vectors):
+        kernels["pallas_triton"] = _pallas(operation)
+    return kernels
+
+
+def _pallas(operation, interpret=False):
+    """Encodes or decodes; what is appended, XLA writes."""
+    if operation == "append":
+        return functools.partial(xla.append, encode=_pallas("compress", interpret))
+    return functools.partial(getattr(pallas_compress, operation), interpret=interpret)

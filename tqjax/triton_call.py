@@ -145,7 +145,7 @@ def launch(kernel, arrays, outs, constants, *, grid, capability, aliases=None, *
     name, parameters = re.findall(r"\.entry\s+(\w+)\((.*?)\)", ptx, re.DOTALL)[0]
     _check_memory(metadata, capability)
     scratch = [jax.ShapeDtypeStruct((16,), jnp.int8)] * (parameters.count(".param") - len(types))
-    sizes = {"grid_x": grid[0], "grid_y": grid[1], "grid_z": 1, "shared_mem_bytes": metadata.shared}
+    sizes = {"grid_x": grid[0], "grid_y": grid[1], "grid_z": (*grid, 1)[2], "shared_mem_bytes": metadata.shared}
     sizes |= {"block_x": 32 * metadata.num_warps, "block_y": 1, "block_z": 1}
     attributes = {"name": name, "kernel_type": "ptx", "kernel_data": ptx} | {k: np.int32(v) for k, v in sizes.items()}
     call = jax.ffi.ffi_call(TARGET, [*outs, *scratch], input_output_aliases=aliases)

@@ -12,7 +12,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
 
-from tqcore import tuning
 from tqcore.kernels import can_compress, compress_launch, compress_table, load
 from tqjax import triton_call
 
@@ -67,7 +66,9 @@ def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, capabili
 
 
 def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
-    name, constants, num_warps = compress_launch(quantizer, x.dtype.itemsize, encode=True)
+    name, constants, grid, num_warps = compress_launch(
+        quantizer, x.shape[:3], encode=True, aligned=quantizer.packed_dim % 4 == 0
+    )
     batch, heads, length = x.shape[:3]
     (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
     constants |= none | _strides("x", x.shape) | _strides("codes", outs[0].shape)
@@ -77,7 +78,6 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
     constants |= {"vectors": batch * heads * length, "K": heads, "T": length, "S": size, "N": rows}
     constants["M"] = pages[0].shape[1] if pages else 0
     operands = [x, *center, jnp.asarray(compress_table(quantizer)), *arrays]
-    grid = tuning.ceil_div(constants["vectors"], constants["BLOCK_V"]), 1
     return triton_call.launch(
         load(name), operands, outs, constants, grid=grid, capability=capability, aliases=aliases,
         num_warps=num_warps, num_stages=1,
@@ -86,13 +86,14 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
 
 def _decompress(codes, norms, *, quantizer, dtype, rotated, capability):
     out = jax.ShapeDtypeStruct((*norms.shape, quantizer.head_dim), jnp.dtype(dtype))
-    name, constants, num_warps = compress_launch(quantizer, out.dtype.itemsize, encode=False)
     size, vectors, packed_dim = norms.shape[-1], prod(norms.shape), codes.shape[-1]
+    name, constants, grid, num_warps = compress_launch(
+        quantizer, (1, vectors // size, size), encode=False, aligned=packed_dim % 4 == 0
+    )
     constants |= _strides("codes", (1, vectors // size, size, packed_dim))
     constants |= _strides("norms", (1, vectors // size, size, 1)) | {"center_ptr": None, "ROTATED": rotated}
     constants |= {f"center_stride_{axis}": 0 for axis in "bks"}
     constants |= {"vectors": vectors, "K": vectors // size, "S": size}
-    grid = tuning.ceil_div(vectors, constants["BLOCK_V"]), 1
     return triton_call.launch(
         load(name), [codes, norms, jnp.asarray(compress_table(quantizer))], [out], constants,
         grid=grid, capability=capability, num_warps=num_warps, num_stages=1,

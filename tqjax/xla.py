@@ -50,7 +50,7 @@ def compress(x: jax.Array, quantizer: Quantizer, center: jax.Array | None, encod
     return PackedVectors(codes, norms, quantizer, None, residual)
 
 
-def append(codes, norms, x, center, starts, page_table, quantizer):
+def append(codes, norms, x, center, starts, page_table, quantizer, encode):
     """Codes and norms with x in its places; what has none goes past the first axis, and is dropped there."""
     new_codes, new_norms = encode(x, quantizer, center)
     batch, steps = (jnp.arange(x.shape[axis], dtype=jnp.int32) for axis in (0, 2))

@@ -1,5 +1,6 @@
 """Device code that both front-ends launch, by name. Triton is imported when a kernel is asked for."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -20,10 +21,27 @@ KERNELS = {
     "gluon_attention": ("gluon_attention", "attention_kernel"),
     "merge": ("attention", "merge_kernel"),
     "compress": ("compress", "compress_kernel"),
-    "dense_compress": ("compress", "dense_compress_kernel"),
+    "dense_compress": ("dense_compress", "dense_compress_kernel"),
     "decompress": ("decompress", "decompress_kernel"),
-    "dense_decompress": ("decompress", "dense_decompress_kernel"),
+    "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
+FEW_VECTORS = 8192  # up to which they are spread over more lanes and programs
+# By BITS - 1: $0 = $2 + the bits of an index, each of its own weight from $3 on, the lowest first, by a binary search
+# among bounds: what `_find` of the encoders says in words. Predicates select bounds and add; the magnitude comes from a
+# register of integers, so that ptxas takes it for free.
+FIND_MAGNITUDE = tuple(
+    "{.reg .pred p1, p2, p3; .reg .b32 i; .reg .f32 z, t, u; "
+    "shr.s32 i, $1, 31; add.s32 i, i, $1; mov.b32 z, i; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
+    for text in (
+        "",
+        "setp.ge.f32 p1, z, $4; @p1 add.f32 $0, $0, $3;",
+        "setp.ge.f32 p1, z, $6; selp.f32 t, $7, $5, p1; setp.ge.f32 p2, z, t; "
+        "@p1 add.f32 $0, $0, $4; @p2 add.f32 $0, $0, $3;",
+        "setp.ge.f32 p1, z, $9; selp.f32 t, $11, $7, p1; setp.ge.f32 p2, z, t; "
+        "selp.f32 t, $10, $6, p1; selp.f32 u, $12, $8, p1; selp.f32 t, u, t, p2; setp.ge.f32 p3, z, t; "
+        "@p1 add.f32 $0, $0, $5; @p2 add.f32 $0, $0, $4; @p3 add.f32 $0, $0, $3;",
+    )
+)
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 
@@ -76,18 +94,45 @@ def can_compress(quantizer: Quantizer) -> bool:
     return 8 <= quantizer.head_dim <= tuning.MAX_HEAD_DIM
 
 
-def compress_launch(quantizer: Quantizer, itemsize: int, *, encode: bool) -> tuple[str, dict[str, Any], int]:
-    """Name, constants and warps of an encoder of vectors, or a decoder to vectors, of `itemsize` bytes a coordinate."""
-    head_dim, bits = quantizer.head_dim, quantizer.code_bits
+def compress_launch(
+    quantizer: Quantizer, shape: Sequence[int], *, encode: bool, aligned: bool = True, ptx: bool = True
+) -> tuple[str, dict[str, Any], tuple[int, int, int], int]:
+    """Name, constants, grid and warps of an encoder or decoder of vectors.
+
+    Args:
+      shape: [B, K, T] of the vectors.
+      aligned: whether addresses and strides of codes are multiples of four bytes.
+      ptx: whether the kernel is compiled for NVIDIA's devices.
+    """
+    head_dim, bits, (batch, heads, length) = quantizer.head_dim, quantizer.code_bits, shape
     constants: dict[str, Any] = {"D": head_dim, "BITS": bits}
+    vectors = batch * heads * length
     if encode:
         constants["CORRECTED"] = quantizer.norm == "corrected"
     name = "compress" if encode else "decompress"
     if quantizer.rotation != "hadamard":
         block_d = max(32, tuning.next_power_of_two(head_dim))
-        return f"dense_{name}", constants | {"BLOCK_V": 16 if block_d > 128 else 32, "BLOCK_D": block_d}, 4
-    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "BLOCK_V": 32, "CHUNK_X": min(head_dim, 16 // itemsize)}
-    return name, constants | {"CHUNK_P": 16}, 1
+        block_v = 16 if block_d > 128 else 32
+        grid = tuning.ceil_div(vectors, block_v), 1, 1
+        return f"dense_{name}", constants | {"BLOCK_V": block_v, "BLOCK_D": block_d}, grid, 4
+    half, codebook = 2 ** (bits - 1), quantizer.codebook
+    if encode:
+        constants["BOUNDARIES"] = tuple(codebook.boundaries[half:].tolist())
+    many = max(2, head_dim // 64) if encode else 4
+    lanes = min((16 if encode else 8) if vectors <= FEW_VECTORS else many, head_dim // 8)
+    block_v = 32 // lanes  # one warp, in which Triton's layouts of [BLOCK_V, lanes] agree
+    tiled = length % block_v == 0 and max(batch, heads) < 2**16
+    grid = (length // block_v, heads, batch) if tiled else (tuning.ceil_div(vectors, block_v), 1, 1)
+    constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": centroid_words(codebook.centroids[half:])}
+    constants |= {"TILED": tiled, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
+    return name, constants, grid, 1
+
+
+def centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:
+    """The first bytes of up to eight centroids in two words, then the second ones; all others are 0."""
+    first, second = centroids.view(np.uint8).reshape(-1, 4)[:, :1:-1].T
+    words = np.stack([np.pad(row, (0, 8 - len(row))) for row in (first, second)]).view("<i4")
+    return tuple(words.reshape(-1).tolist())
 
 
 def score_constants(

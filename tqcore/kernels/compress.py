@@ -2,129 +2,58 @@
 
     norm, index_d = number of boundaries b with b·‖x‖ < (R x)_d
 
-Reads each vector once and writes D·bits/8 + 4 bytes. With a Hadamard rotation a thread holds a whole vector, which it
-loads and stores 16 bytes at a time: no butterfly leaves it, and every sum has the order of `tqcore.reference`. With any
-other rotation (`dense_*`) a program multiplies an array [BLOCK_V, BLOCK_D] by R in float32.
-Constants come in one array: boundaries, words, centroids, and the rotation (`tqcore.kernels.compress_table`).
+Reads each vector once and writes D·bits/8 + 4 bytes. A vector lies in L lanes: coordinate d = 8·(L·j + lane) + k is
+number 8·j + k of a tuple of [V, L] tensors, so that all butterflies but log2(L), and all packing, stay within a thread,
+and every sum has the order of `tqcore.reference`. Its Pallas twin is `tqjax/pallas_compress.py`.
 
-Source: docs/format.md, section 4.
+Source: docs/format.md, section 4; byte permutes: PTX ISA, `prmt`.
 """
 
 import triton
 import triton.language as tl
 
 from tqcore import fixed_point
+from tqcore.kernels import FIND_MAGNITUDE
 
 CARRY, BIAS = (tl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
 ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
 INFINITY_BITS = tl.constexpr(fixed_point.INFINITY_BITS)
 MIN_EXPONENT = tl.constexpr(fixed_point.MIN_EXPONENT)
 MIN_EXPONENT_BITS = tl.constexpr(fixed_point.MIN_EXPONENT_BITS)
-CHUNK = tl.constexpr(16)  # coordinates that a step of a dense product takes
-WORDS, CENTROIDS, ROTATION = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)  # where they start in the table
+MAGIC = tl.constexpr(8388608.0)  # 2^23: the low bits of MAGIC + n are n
+ROTATION = tl.constexpr(32)  # where the signs start in `tqcore.kernels.compress_table`
+
+# The centroids of four nibbles of $8 and of four of $9, by three bits of each, from the lowest on; the fourth bit is 0.
+# Their float32 end in two bytes of zeros: $10 $11 are the first bytes of the eight, $12 $13 the second ones. A selector
+# of `prmt` with its fourth bit set repeats a byte's sign, which is zero.
+LOOKUP = tl.constexpr("""{
+.reg .b32 first, second;
+prmt.b32 first, $10, $11, $8;
+prmt.b32 second, $12, $13, $8;
+prmt.b32 $0, first, second, 0x0488;
+prmt.b32 $1, first, second, 0x1599;
+prmt.b32 $2, first, second, 0x26AA;
+prmt.b32 $3, first, second, 0x37BB;
+prmt.b32 first, $10, $11, $9;
+prmt.b32 second, $12, $13, $9;
+prmt.b32 $4, first, second, 0x0488;
+prmt.b32 $5, first, second, 0x1599;
+prmt.b32 $6, first, second, 0x26AA;
+prmt.b32 $7, first, second, 0x37BB;
+}""")
+LOOKUP_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r")
+
+FIND = tl.constexpr(FIND_MAGNITUDE)
+HALVES = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")  # of two bfloat16, as float32
 
 
 @triton.jit
-def _float(bits):
+def floats(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr, V: tl.constexpr, N: tl.constexpr):
-    """[V, COUNT·N] of COUNT arrays [V, N] from parts[FIRST] on."""
-    if COUNT == 1:
-        return parts[FIRST]
-    else:
-        half: tl.constexpr = COUNT // 2
-        left, right = _side_by_side(parts, FIRST, half, V, N), _side_by_side(parts, FIRST + half, half, V, N)
-        return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [V, COUNT * N])
-
-
-@triton.jit
-def _apart(x, V: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
-    """The inverse of `_side_by_side` of [V, N]."""
-    if COUNT == 1:
-        return (x,)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(x, [V, 2, N // 2]), [0, 2, 1]))
-        return _apart(left, V, N // 2, COUNT // 2) + _apart(right, V, N // 2, COUNT // 2)
-
-
-@triton.jit
-def _tree_sum(x, V: tl.constexpr, N: tl.constexpr):
-    """[V, N] -> [V]: the sum by halving, a fixed order of additions."""
-    for i in tl.static_range(N.bit_length() - 1):
-        a, b = tl.split(tl.permute(tl.reshape(x, [V, 2, N >> (i + 1)]), [0, 2, 1]))
-        x = a + b
-    return tl.reshape(x, [V])
-
-
-@triton.jit
-def _hadamard(x, V: tl.constexpr, N: tl.constexpr):
-    """H x of [V, N] by butterflies of width 1, 2, 4, …"""
-    for i in tl.static_range(N.bit_length() - 1):
-        a, b = tl.split(tl.permute(tl.reshape(x, [V, N >> (i + 1), 2, 1 << i]), [0, 1, 3, 2]))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [V, N])
-    return x
-
-
-@triton.jit
-def _signs(table_ptr, zero, D: tl.constexpr, V: tl.constexpr):
-    """[V, D]: every thread loads them all."""
-    signs = ()
-    for chunk in tl.static_range(D // 4):
-        signs += (_float(tl.load(table_ptr + ROTATION + chunk * 4 + tl.arange(0, 4)[None, :] + zero[:, None])),)
-    return _side_by_side(signs, 0, D // 4, V, 4)
-
-
-@triton.jit
-def _search(y, bounds, words, BITS: tl.constexpr):
-    """Index, and magnitude of the centroid, of each coordinate: a binary search of |y| among boundaries times radius.
-
-    Boundaries are symmetric. A coordinate on one takes the lower index, so that of a negative y the magnitude counts
-    as the next float. The word of a centroid is its bits and its place among the positive ones in the lowest three.
-    """
-    half: tl.constexpr = 1 << (BITS - 1)
-    positive = y > 0
-    a = y.to(tl.int32, bitcast=True) & ABS_MASK
-    a = tl.where(positive, a, a + 1)
-    if BITS == 1:
-        word = tl.where(positive, words[0], words[0])
-    elif BITS == 2:
-        word = tl.where(a > bounds[0], words[1], words[0])
-    elif BITS == 3:
-        high = a > bounds[1]
-        low = a > tl.where(high, bounds[2], bounds[0])
-        word = tl.where(low, tl.where(high, words[3], words[1]), tl.where(high, words[2], words[0]))
-    else:
-        high = a > bounds[3]
-        middle = a > tl.where(high, bounds[5], bounds[1])
-        low = a > tl.where(middle, tl.where(high, bounds[6], bounds[2]), tl.where(high, bounds[4], bounds[0]))
-        even = tl.where(middle, tl.where(high, words[6], words[2]), tl.where(high, words[4], words[0]))
-        odd = tl.where(middle, tl.where(high, words[7], words[3]), tl.where(high, words[5], words[1]))
-        word = tl.where(low, odd, even)
-    return (word & 7) ^ tl.where(positive, half, half - 1), _float(word & -8)
-
-
-@triton.jit
-def _bounds(radius, table_ptr, BITS: tl.constexpr):
-    """The bits of the positive boundaries times radius."""
-    bounds = ()
-    for i in tl.static_range((1 << (BITS - 1)) - 1):
-        bounds += ((_float(tl.load(table_ptr + i)) * radius).to(tl.int32, bitcast=True),)
-    return bounds
-
-
-@triton.jit
-def _words(table_ptr, BITS: tl.constexpr):
-    words = ()
-    for i in tl.static_range(1 << (BITS - 1)):
-        words += (tl.load(table_ptr + WORDS + i),)
-    return words
-
-
-@triton.jit
-def _exponent(bits):
+def exponent(bits):
     """Whether a vector whose largest magnitude has these bits is finite, has a direction too, and its exponent."""
     finite = bits < INFINITY_BITS
     usable = finite & (bits >= MIN_EXPONENT_BITS)
@@ -133,47 +62,14 @@ def _exponent(bits):
 
 
 @triton.jit
-def _power_of_two(e):
-    return _float((127 + e) << 23)
+def power_of_two(e):
+    return floats((127 + e) << 23)
 
 
 @triton.jit
-def _joined(x, V: tl.constexpr, N: tl.constexpr, SHIFT: tl.constexpr):
-    """[V, N] -> [V, N/2]: each even element, shifted, with the odd one after it."""
-    a, b = tl.split(tl.reshape(x, [V, N // 2, 2]))
-    return (a << SHIFT) | b
-
-
-@triton.jit
-def _packed(index, V: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    """[V, N·BITS/8] bytes of 1, 2 or 4 bits a field."""
-    if BITS == 4:
-        return _joined(index, V, N, 4)
-    elif BITS == 2:
-        return _joined(_joined(index, V, N, 2), V, N // 2, 4)
-    else:
-        return _joined(_joined(_joined(index, V, N, 1), V, N // 2, 2), V, N // 4, 4)
-
-
-@triton.jit
-def _high_bits(index, V: tl.constexpr, N: tl.constexpr):
-    """[V, N/8] bytes of the high bits, in the order of tqcore.packing.HIGH_BITS."""
-    return _joined(_joined(_joined(index >> 2, V, N, 1), V, N // 2, 4), V, N // 4, 2)
-
-
-@triton.jit
-def _store_bytes(row_ptr, codes, live, V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr):
-    """[V, N] bytes, CHUNK of a vector at once."""
-    width: tl.constexpr = min(CHUNK, N)
-    parts = _apart(codes.to(tl.uint8), V, N, N // width)
-    for i in tl.static_range(N // width):
-        tl.store(row_ptr + i * width + tl.arange(0, width)[None, :], parts[i], mask=live[:, None])
-
-
-@triton.jit
-def _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M):
-    """Row of the first axis, head, position and whether there is such a place, of vector v of [B, K, T]."""
-    row, k, position, inside = v // (K * T), v // T % K, v % T, live
+def slots(b, k, t, live, starts_ptr, pages_ptr, S, N, M):
+    """Row of the first axis, position and whether there is such a place, of vector t of head k of sequence b."""
+    row, position, inside = b + t * 0, t, live
     if starts_ptr is not None:
         position += tl.load(starts_ptr + row, mask=live, other=0)
         if pages_ptr is None:
@@ -184,7 +80,255 @@ def _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M):
             row = tl.load(pages_ptr + page, mask=inside, other=-1).to(tl.int64)
             inside = inside & (row >= 0) & (row < N)
             position = position % S
-    return row, k, position, inside
+    return row, position, inside
+
+
+@triton.jit
+def _split8(x, V: tl.constexpr, L: tl.constexpr):
+    """[V, L, 8] as eight of [V, L], in order."""
+    even, odd = tl.split(tl.reshape(x, [V, L, 4, 2]))
+    x04, x26 = tl.split(tl.reshape(even, [V, L, 2, 2]))
+    x15, x37 = tl.split(tl.reshape(odd, [V, L, 2, 2]))
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _hadamard(x, FIRST: tl.constexpr, V: tl.constexpr, L: tl.constexpr):
+    """H x by the butterflies of `tqcore.rotation.hadamard`, in its order, from width 2^FIRST on."""
+    for i in tl.static_range(FIRST, 3):
+        x = _between(x, 1 << i)
+    for i in tl.static_range(4):
+        if (1 << i) < L:
+            x = _across(x, V, L, 1 << i)
+    for i in tl.static_range(3, 10):
+        if (1 << i) < len(x):
+            x = _between(x, 1 << i)
+    return x
+
+
+@triton.jit
+def _between(x, WIDTH: tl.constexpr):
+    """Butterflies of tensors WIDTH apart."""
+    y = ()
+    for i in tl.static_range(len(x)):
+        y += (x[i ^ WIDTH] - x[i] if i & WIDTH else x[i] + x[i ^ WIDTH],)
+    return y
+
+
+@triton.jit
+def _across(x, V: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
+    """Butterflies of lanes WIDTH apart: the other lane's value is a reduction's, by exclusive or, without one's own."""
+    sign = tl.where((tl.arange(0, L)[None, :] & WIDTH) == 0, 1.0, -1.0)
+    y = ()
+    for i in tl.static_range(len(x)):
+        bits = tl.reshape(x[i].to(tl.int32, bitcast=True), [V, L // (2 * WIDTH), 2, WIDTH])
+        other = tl.reshape(bits ^ tl.xor_sum(bits, 2, keep_dims=True), [V, L]).to(tl.float32, bitcast=True)
+        y += (tl.fma(x[i], sign, other),)
+    return y
+
+
+@triton.jit
+def _tree_sum(x, V: tl.constexpr, L: tl.constexpr):
+    """The sum [V] of all coordinates by halving them, `tqcore.fixed_point.tree_sum`."""
+    for _ in tl.static_range(7):
+        if len(x) > 8:
+            x = _halve(x)
+    lanes = ()
+    for i in tl.static_range(8):
+        total = x[i]
+        for k in tl.static_range(4):
+            if (L >> k) > 1:
+                total = tl.sum(tl.reshape(total, [V, 2, L >> (k + 1)]), 1)
+        lanes += (tl.reshape(total, [V]),)
+    return _halve(_halve(_halve(lanes)))[0]
+
+
+@triton.jit
+def _halve(x):
+    y = ()
+    for i in tl.static_range(len(x) // 2):
+        y += (x[i] + x[i + len(x) // 2],)
+    return y
+
+
+@triton.jit
+def _find(opposite, word, bounds, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """word + the BITS − 1 bits of the index of a magnitude, the lowest at bit FIRST.
+
+    Args:
+      opposite: −y. Where its sign is set, y is positive and counts as the next smaller magnitude, and a magnitude on a
+        boundary is above it: so a coordinate on a boundary goes down on both sides of zero.
+      word: MAGIC + an integer.
+      bounds: the positive boundaries times the radius.
+    """
+    if BITS == 1:
+        found = word
+    elif PTX:
+        arguments = (opposite, word)
+        for n in tl.static_range(BITS - 1):
+            arguments += (1.0 * (1 << (FIRST + n)),)
+        found = tl.inline_asm_elementwise(
+            FIND[BITS - 1], "=&f,r,f" + ",f" * (BITS - 1 + len(bounds)), arguments + bounds, tl.float32, True, 1
+        )
+    else:
+        bits = opposite.to(tl.int32, bitcast=True)
+        z = tl.abs((bits + (bits >> 31)).to(tl.float32, bitcast=True))
+        index = tl.where(z >= bounds[0], 1.0, 0.0)
+        for i in tl.static_range(1, len(bounds)):
+            index += tl.where(z >= bounds[i], 1.0, 0.0)
+        found = word + index * (1 << FIRST)
+    return found
+
+
+@triton.jit
+def table_words(CENTROIDS: tl.constexpr, t):
+    """CENTROIDS + 0 · t, t the places of vectors: else ptxas keeps them in uniform registers, unfit for `prmt`."""
+    zero = (t.to(tl.int32) >> 31)[:, None]
+    return CENTROIDS[0] + zero, CENTROIDS[1] + zero, CENTROIDS[2] + zero, CENTROIDS[3] + zero
+
+
+@triton.jit
+def centroids(low, high, table, PTX: tl.constexpr):
+    """The positive centroids of four nibbles of `low`, from the lowest on, then of `high`; no nibble is above 7."""
+    if PTX:
+        found = tl.inline_asm_elementwise(
+            LOOKUP,
+            LOOKUP_CONSTRAINTS,
+            [low, high, table[0], table[1], table[2], table[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        found = ()
+        for i in tl.static_range(8):
+            index = ((low if i < 4 else high) >> (4 * (i % 4))) & 7
+            first = (tl.where(index < 4, table[0], table[1]) >> (index % 4 * 8)) & 255
+            second = (tl.where(index < 4, table[2], table[3]) >> (index % 4 * 8)) & 255
+            found += (((first << 24) | (second << 16)).to(tl.float32, bitcast=True),)
+    return found
+
+
+@triton.jit
+def _low_halves(low, high, PTX: tl.constexpr):
+    """The lowest 16 bits of two words as one."""
+    if PTX:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [low, high], tl.int32, True, 1)
+    else:
+        return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def _flips(positive, BITS: tl.constexpr):
+    """What takes nibbles of magnitudes to indices, and indices to magnitudes and back, by exclusive or.
+
+    A magnitude's bits are reversed where bit BITS − 1 of its nibble is not set in `positive`, else that bit is added.
+    """
+    return (positive >> (BITS - 1)) + (2 ** (BITS - 1) - 1) * 0x11111111
+
+
+@triton.jit
+def _two_bits(word):
+    """Two bits of each nibble, in 16 bits as they are packed."""
+    word = word & 0x33333333
+    word = (word | (word >> 2)) & 0x0F0F0F0F
+    word = (word << 4) | (word >> 8)
+    return (word & 0xFF) | ((word >> 8) & 0xFF00)
+
+
+@triton.jit
+def _one_bit(word, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """One bit of each nibble, in 8 bits; FIRST and SECOND are the places of the middle pairs."""
+    word = word & 0x11111111
+    word = (word | (word >> 3)) & 0x03030303
+    return ((word << 6) & 0xC0) | ((word >> 8 & 3) << FIRST) | ((word >> 16 & 3) << SECOND) | (word >> 24)
+
+
+@triton.jit
+def _store(ptr, word, live, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The lowest COUNT bytes of a word."""
+    if COUNT == 4 and ALIGNED:
+        tl.store(ptr.to(tl.pointer_type(tl.int32), bitcast=True), word, mask=live)
+    elif COUNT == 2 and ALIGNED:
+        tl.store(ptr.to(tl.pointer_type(tl.int16), bitcast=True), word.to(tl.int16), mask=live)
+    else:
+        for i in tl.static_range(COUNT):
+            tl.store(ptr + i, (word >> (8 * i)).to(tl.uint8), mask=live)
+
+
+@triton.jit
+def _store_codes(codes_ptr, lane, FIRST: tl.constexpr, word, live, D: tl.constexpr, BITS: tl.constexpr,
+                 ALIGNED: tl.constexpr):  # fmt: skip
+    """Eight indices of each vector, of the coordinates from 8·(FIRST + lane) on; codes_ptr [V, 1] are the vectors'."""
+    if BITS == 4:
+        _store(codes_ptr + 4 * lane + 4 * FIRST, word, live, 4, ALIGNED)
+    elif BITS == 1:
+        _store(codes_ptr + lane + FIRST, _one_bit(word, 4, 2), live, 1, ALIGNED)
+    else:
+        _store(codes_ptr + 2 * lane + 2 * FIRST, _two_bits(word), live, 2, ALIGNED)
+        if BITS == 3:
+            _store(codes_ptr + lane + (D // 4 + FIRST), _one_bit(word >> 2, 2, 4), live, 1, ALIGNED)
+
+
+@triton.jit
+def places(vectors, K, T, V: tl.constexpr, TILED: tl.constexpr):
+    """(b, k, t, whether there is such a vector) of a program's V vectors of [B, K, T]; TILED: a grid [T / V, K, B]."""
+    if TILED:
+        t = tl.program_id(0) * V + tl.arange(0, V)
+        k, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        return b, k, t.to(tl.int64), tl.full([V], 1, tl.int1)
+    else:
+        v = tl.program_id(0) * V + tl.arange(0, V)
+        head = v // T
+        return (head // K).to(tl.int64), (head % K).to(tl.int64), (v % T).to(tl.int64), v < vectors
+
+
+@triton.jit
+def _load(x_row_ptr, center_row_ptr, live, D: tl.constexpr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
+          PTX: tl.constexpr):  # fmt: skip
+    """x less its center, as 8·J tensors of [V, L] float32."""
+    within = tl.arange(0, L)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    x = ()
+    for j in tl.static_range(J):
+        d = 8 * L * j + within
+        inside = live[:, None, None]
+        part = tl.load(x_row_ptr[:, None, None] + d, mask=inside, other=0.0)
+        if PTX and part.dtype == tl.bfloat16:
+            part = tl.inline_asm_elementwise(HALVES, "=&r,=r,r", [part], tl.int32, True, 2)
+            part = part.to(tl.float32, bitcast=True)
+        part = part.to(tl.float32)
+        if center_row_ptr is not None:
+            part = part - tl.load(center_row_ptr[:, None, None] + d, mask=inside, other=0.0)
+        x = x + _split8(part, V, L)
+    return x
+
+
+@triton.jit
+def _rotate(x, table_ptr, V: tl.constexpr, L: tl.constexpr, J: tl.constexpr, PTX: tl.constexpr):
+    """H (signs ⊙ x): R x but for the factor."""
+    within = tl.arange(0, L)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    y = ()
+    for j in tl.static_range(J):
+        signs = _split8(floats(tl.load(table_ptr + ROTATION + 8 * L * j + within)), 1, L)
+        for i in tl.static_range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
+            first = x[8 * j + i] * signs[i]
+            second = x[8 * j + i + 1]
+            y += (tl.fma(second, signs[i + 1], first), _less(first, second, signs[i + 1], PTX))
+    return _hadamard(y, 1, V, L)
+
+
+@triton.jit
+def _less(a, b, c, PTX: tl.constexpr):
+    """a − b · c, rounded once; Triton would negate by a subtraction."""
+    if PTX:
+        text: tl.constexpr = "{.reg .f32 n; neg.f32 n, $2; fma.rn.f32 $0, n, $3, $1;}"
+        return tl.inline_asm_elementwise(text, "=f,f,f,f", [a, b, c], tl.float32, True, 1)
+    else:
+        return tl.fma(b, -c, a)
 
 
 @triton.jit
@@ -220,148 +364,74 @@ def compress_kernel(
     BITS: tl.constexpr,
     CORRECTED: tl.constexpr,
     SCALE: tl.constexpr,  # 1/√D
+    BOUNDARIES: tl.constexpr,  # the positive ones
+    CENTROIDS: tl.constexpr,  # the positive ones, as `centroids` reads them
+    TILED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether words of codes can be stored at once
+    PTX: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    CHUNK_X: tl.constexpr,  # coordinates that a thread loads at once
-    CHUNK_P: tl.constexpr,  # bytes that it stores at once
+    L: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    live = v < vectors
-    row, k, position, inside = _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M)
-    b, t = v // (K * T), v % T
-    x_row_ptr = (x_ptr + b * x_stride_b + k * x_stride_k + t * x_stride_t)[:, None]
-    center_row_ptr = None
+    J: tl.constexpr = D // (8 * L)
+    V: tl.constexpr = BLOCK_V
+    b, k, t, live = places(vectors, K, T, V, TILED)
+    row, position, inside = slots(b, k, t, live, starts_ptr, pages_ptr, S, N, M)
+    x_row_ptr = x_ptr + b * x_stride_b + k * x_stride_k + t * x_stride_t
+    center_row_ptr = center_ptr
     if center_ptr is not None:
-        center_row_ptr = (center_ptr + b * center_stride_b + k * center_stride_k + t * center_stride_t)[:, None]
+        center_row_ptr = center_ptr + b * center_stride_b + k * center_stride_k + t * center_stride_t
     norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
 
-    # x̃ = x·2^-e, and zeros for what has no direction.
-    x = ()
-    for chunk in tl.static_range(D // CHUNK_X):
-        d = chunk * CHUNK_X + tl.arange(0, CHUNK_X)
-        x += (_loaded(x_row_ptr, center_row_ptr, d, live, D),)
-    x = _side_by_side(x, 0, D // CHUNK_X, BLOCK_V, CHUNK_X)
-    finite, usable, e = _exponent(tl.max(x.to(tl.int32, bitcast=True) & ABS_MASK, 1))
-    scaled = tl.where(usable[:, None], x, 0.0) * _power_of_two(-e)[:, None]
-    squares = _tree_sum(scaled * scaled, BLOCK_V, D)
-    length = tl.sqrt_rn(squares)
+    lane = tl.arange(0, L)[None, :]
+    x = _load(x_row_ptr, center_row_ptr, live, D, V, L, J, PTX)
+    largest = tl.abs(x[0])
+    for i in tl.static_range(1, 8 * J):
+        largest = tl.maximum(largest, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
+    finite, usable, e = exponent(tl.max(largest.to(tl.int32, bitcast=True) & ABS_MASK, 1))
+    inverse = tl.where(usable, power_of_two(-e), 0.0)[:, None]
+    scaled = ()
+    squares = ()
+    for i in tl.static_range(8 * J):
+        scaled += (x[i] * inverse,)
+        squares += (scaled[i] * scaled[i],)
+    square = _tree_sum(squares, V, L)
+    length = tl.sqrt_rn(square)
 
-    y = _hadamard(scaled * _signs(table_ptr, tl.where(live, 0, 0), D, BLOCK_V), BLOCK_V, D) * SCALE
-    bounds = _bounds(tl.where(usable, length, 1.0)[:, None], table_ptr, BITS)
-    index, magnitude = _search(y, bounds, _words(table_ptr, BITS), BITS)
+    y = _rotate(scaled, table_ptr, V, L, J, PTX)
+    radius = tl.where(usable, length, 1.0)[:, None] + tl.zeros([V, L], tl.float32)
+    bounds = ()
+    for i in tl.static_range(len(BOUNDARIES)):
+        bounds += (BOUNDARIES[i] * radius,)
+    has_sign = tl.where(usable, 0x11111111 << (BITS - 1), 0).to(tl.uint32)[:, None]
+    table = table_words(CENTROIDS, t)
+    products = ()
+    for j in tl.static_range(J):
+        low, high = tl.full([V, L], MAGIC, tl.float32), tl.full([V, L], MAGIC, tl.float32)
+        signs = tl.zeros([V, L], tl.int32)
+        magnitudes = ()
+        for i in tl.static_range(8):  # from the highest nibble on
+            opposite = tl.fma(y[8 * j + (7 - i ^ 1)], -SCALE, 0.0)  # never -0
+            if i < 4:
+                high = _find(opposite, high, bounds, 12 - 4 * i, BITS, PTX)
+            else:
+                low = _find(opposite, low, bounds, 28 - 4 * i, BITS, PTX)
+            bits = opposite.to(tl.int32, bitcast=True)
+            if i == 0:
+                signs = bits >> 28  # its own sign above leaves the word at the top
+            else:
+                signs = (signs << 4) | (bits.to(tl.uint32, bitcast=True) >> 28).to(tl.int32, bitcast=True)
+            magnitudes += (tl.abs(opposite),)
+        low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
+        positive = (signs.to(tl.uint32, bitcast=True) >> (4 - BITS)) & has_sign
+        index = _low_halves(low, high, PTX).to(tl.uint32, bitcast=True) ^ _flips(positive, BITS)
+        _store_codes(code_row_ptr, lane, j * L, index, inside[:, None], D, BITS, ALIGNED)
+        if CORRECTED:
+            found = centroids(low, high, table, PTX)
+            for i in tl.static_range(8):
+                products += (magnitudes[7 - i ^ 1] * found[i ^ 1],)
+    norm = length
     if CORRECTED:
-        length = tl.div_rn(squares, tl.where(usable, _tree_sum(tl.abs(y) * magnitude, BLOCK_V, D), 1.0))
-    tl.store(norm_ptr, tl.where(finite, length * _power_of_two(e), float("nan")), mask=inside)
-    if BITS == 3:
-        _store_bytes(code_row_ptr, _packed(index & 3, BLOCK_V, D, 2), inside, BLOCK_V, D // 4, CHUNK_P)
-        _store_bytes(code_row_ptr + D // 4, _high_bits(index, BLOCK_V, D), inside, BLOCK_V, D // 8, CHUNK_P)
-    else:
-        _store_bytes(code_row_ptr, _packed(index, BLOCK_V, D, BITS), inside, BLOCK_V, D * BITS // 8, CHUNK_P)
-
-
-@triton.jit
-def _rotated(x_row_ptr, center_row_ptr, usable, inverse, live, table_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_V: tl.constexpr):  # fmt: skip
-    """R x̃ [BLOCK_V, BLOCK_D] by a product in float32, of x read once more."""
-    i = tl.arange(0, BLOCK_D)
-    y = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
-    for first in range(0, D, CHUNK):
-        d = first + tl.arange(0, CHUNK)
-        x = _scaled(x_row_ptr, center_row_ptr, d, usable, inverse, live, D)
-        inside = (i[None, :] < D) & (d[:, None] < D)
-        r = _float(tl.load(table_ptr + ROTATION + i[None, :] * D + d[:, None], mask=inside, other=0))
-        y += tl.dot(x, r, input_precision="ieee")
-    return y
-
-
-@triton.jit
-def _scaled(x_row_ptr, center_row_ptr, d, usable, inverse, live, D: tl.constexpr):
-    x = _loaded(x_row_ptr, center_row_ptr, d, live, D)
-    return tl.where(usable[:, None], x, 0.0) * inverse[:, None]
-
-
-@triton.jit
-def _loaded(x_row_ptr, center_row_ptr, d, live, D: tl.constexpr):
-    """Coordinates d of each vector in float32, less their center."""
-    inside = live[:, None] & (d[None, :] < D)
-    x = tl.load(x_row_ptr + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    if center_row_ptr is not None:
-        x -= tl.load(center_row_ptr + d[None, :], mask=inside, other=0.0)
-    return x
-
-
-@triton.jit
-def dense_compress_kernel(
-    x_ptr,  # [B, K, T, D] float32 | bfloat16 | float16, any strides along B, K and T
-    center_ptr,  # the same of float32, or None
-    table_ptr,  # int32: tqcore.kernels.compress_table
-    starts_ptr,  # [B] int32: x[b, :, t] goes to position starts[b] + t; None: to t
-    pages_ptr,  # [B, M] int32, or None
-    codes_in_ptr,  # codes_ptr and norms_ptr once more, or None: XLA wants what is written in place to be read too
-    norms_in_ptr,
-    codes_ptr,  # [N, K, S, P] uint8, any strides along N, K and S
-    norms_ptr,  # [N, K, S] float32, any strides
-    vectors,  # B·K·T
-    x_stride_b,
-    x_stride_k,
-    x_stride_t,
-    center_stride_b,
-    center_stride_k,
-    center_stride_t,
-    codes_stride_b,
-    codes_stride_k,
-    codes_stride_s,
-    norms_stride_b,
-    norms_stride_k,
-    norms_stride_s,
-    K,
-    T,
-    S,
-    N,
-    M,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    CORRECTED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    live = v < vectors
-    row, k, position, inside = _slots(v, live, starts_ptr, pages_ptr, K, T, S, N, M)
-    b, t = v // (K * T), v % T
-    x_row_ptr = (x_ptr + b * x_stride_b + k * x_stride_k + t * x_stride_t)[:, None]
-    center_row_ptr = None
-    if center_ptr is not None:
-        center_row_ptr = (center_ptr + b * center_stride_b + k * center_stride_k + t * center_stride_t)[:, None]
-    norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
-    code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
-
-    # x̃ = x·2^-e, and zeros for what has no direction.
-    d = tl.arange(0, BLOCK_D)
-    x = _loaded(x_row_ptr, center_row_ptr, d, live, D)
-    finite, usable, e = _exponent(tl.max(x.to(tl.int32, bitcast=True) & ABS_MASK, 1))
-    inverse = _power_of_two(-e)
-    scaled = tl.where(usable[:, None], x, 0.0) * inverse[:, None]
-    squares = tl.sum(scaled * scaled, 1)
-    length = tl.sqrt_rn(squares)
-
-    y = _rotated(x_row_ptr, center_row_ptr, usable, inverse, live, table_ptr, D, BLOCK_D, BLOCK_V)
-    bounds = _bounds(tl.where(usable, length, 1.0)[:, None], table_ptr, BITS)
-    index, magnitude = _search(y, bounds, _words(table_ptr, BITS), BITS)
-    if CORRECTED:
-        along = tl.sum(tl.where(d[None, :] < D, tl.abs(y) * magnitude, 0.0), 1)
-        length = tl.div_rn(squares, tl.where(usable, along, 1.0))
-    tl.store(norm_ptr, tl.where(finite, length * _power_of_two(e), float("nan")), mask=inside)
-    if BITS == 3:
-        _store_row(code_row_ptr, _packed(index & 3, BLOCK_V, BLOCK_D, 2), inside, D // 4, BLOCK_D // 4)
-        _store_row(code_row_ptr + D // 4, _high_bits(index, BLOCK_V, BLOCK_D), inside, D // 8, BLOCK_D // 8)
-    else:
-        codes = _packed(index, BLOCK_V, BLOCK_D, BITS)
-        _store_row(code_row_ptr, codes, inside, D * BITS // 8, BLOCK_D * BITS // 8)
-
-
-@triton.jit
-def _store_row(row_ptr, codes, live, COUNT: tl.constexpr, N: tl.constexpr):
-    """The first COUNT of N bytes a vector."""
-    p = tl.arange(0, N)[None, :]
-    tl.store(row_ptr + p, codes.to(tl.uint8), mask=live[:, None] & (p < COUNT))
+        along = _tree_sum(products, V, L)
+        norm = tl.div_rn(square, tl.where(usable, along, 1.0))
+    tl.store(norm_ptr, tl.where(finite, norm * power_of_two(e), float("nan")), mask=inside)

@@ -8,73 +8,54 @@ Source: docs/format.md, section 4.
 import triton
 import triton.language as tl
 
-from tqcore.kernels.compress import CENTROIDS, CHUNK, ROTATION, _apart, _float, _hadamard, _side_by_side, _signs
+from tqcore.kernels.compress import ROTATION, _flips, _hadamard, centroids, floats, places, table_words
+
+SIGN_BIT = tl.constexpr(-(2**31))
 
 
 @triton.jit
-def _indices(code_row_ptr, d, live, D: tl.constexpr, BITS: tl.constexpr):
-    """Indices of coordinates d."""
-    inside = live[:, None] & (d[None, :] < D)
-    if BITS == 3:
-        low = tl.load(code_row_ptr + d[None, :] // 4, mask=inside, other=0).to(tl.int32)
-        high = tl.load(code_row_ptr + D // 4 + d[None, :] // 8, mask=inside, other=0).to(tl.int32)
-        place = (d & 1) | (d & 2) << 1 | (d & 4) >> 1  # of its high bit, in the order of tqcore.packing.HIGH_BITS
-        return (low >> (6 - 2 * (d[None, :] % 4))) & 3 | ((high >> (7 - place[None, :])) & 1) << 2
-    each: tl.constexpr = 8 // BITS
-    codes = tl.load(code_row_ptr + d[None, :] // each, mask=inside, other=0).to(tl.int32)
-    return (codes >> (8 - BITS * (d[None, :] % each + 1))) & ((1 << BITS) - 1)
+def _join8(x0, x1, x2, x3, x4, x5, x6, x7, V: tl.constexpr, L: tl.constexpr):
+    """The inverse of `_split8`."""
+    even = tl.reshape(tl.join(tl.join(x0, x4), tl.join(x2, x6)), [V, L, 4])
+    odd = tl.reshape(tl.join(tl.join(x1, x5), tl.join(x3, x7)), [V, L, 4])
+    return tl.reshape(tl.join(even, odd), [V, L, 8])
 
 
 @triton.jit
-def _unrotated(code_row_ptr, live, table_ptr, D: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_V: tl.constexpr):  # fmt: skip
-    """Rᵀ centroids[index] by a product in float32."""
-    i = tl.arange(0, BLOCK_D)
-    x = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
-    for first in range(0, D, CHUNK):
-        d = first + tl.arange(0, CHUNK)
-        c = _float(tl.load(table_ptr + CENTROIDS + _indices(code_row_ptr, d, live, D, BITS)))
-        inside = (i[None, :] < D) & (d[:, None] < D)
-        r = _float(tl.load(table_ptr + ROTATION + d[:, None] * D + i[None, :], mask=inside, other=0))
-        x += tl.dot(c, r, input_precision="ieee")
-    return x
-
-
-@triton.jit
-def _store_vectors(out_ptr, x, center_row_ptr, v, d, live, D: tl.constexpr):
-    """Coordinates d of each vector, with the center added."""
-    inside = live[:, None] & (d[None, :] < D)
-    if center_row_ptr is not None:
-        x += tl.load(center_row_ptr + d[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + v[:, None] * D + d[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _separate(codes, V: tl.constexpr, N: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """[V, N] -> [V, 2·N]: the field above SHIFT of each element, then that below; the inverse of `_joined`."""
-    return tl.reshape(tl.join(codes >> SHIFT, codes & MASK), [V, 2 * N])
-
-
-@triton.jit
-def _fields(codes, V: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    """[V, N] bytes -> [V, 8·N/BITS], the inverse of `_packed`."""
-    if BITS == 4:
-        return _separate(codes, V, N, 4, 15)
-    elif BITS == 2:
-        return _separate(_separate(codes, V, N, 4, 15), V, 2 * N, 2, 3)
+def _load(ptr, live, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """COUNT bytes as a word."""
+    if COUNT == 4 and ALIGNED:
+        word = tl.load(ptr.to(tl.pointer_type(tl.int32), bitcast=True), mask=live, other=0)
+    elif COUNT == 2 and ALIGNED:
+        word = tl.load(ptr.to(tl.pointer_type(tl.uint16), bitcast=True), mask=live, other=0).to(tl.int32)
     else:
-        return _separate(_separate(_separate(codes, V, N, 4, 15), V, 2 * N, 2, 3), V, 4 * N, 1, 1)
+        word = tl.load(ptr, mask=live, other=0).to(tl.int32)
+        for i in tl.static_range(1, COUNT):
+            word |= tl.load(ptr + i, mask=live, other=0).to(tl.int32) << (8 * i)
+    return word
 
 
 @triton.jit
-def _load_bytes(row_ptr, live, V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr):
-    """[V, N] bytes as int32, CHUNK of a vector at once."""
-    width: tl.constexpr = min(CHUNK, N)
-    parts = ()
-    for i in tl.static_range(N // width):
-        part = tl.load(row_ptr + i * width + tl.arange(0, width)[None, :], mask=live[:, None], other=0)
-        parts += (part.to(tl.int32),)
-    return _side_by_side(parts, 0, N // width, V, width)
+def _load_codes(codes_ptr, group, live, D: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr):
+    """The inverse of `_store_codes`: a word of eight indices."""
+    if BITS == 4:
+        word = _load(codes_ptr + 4 * group, live, 4, ALIGNED)
+    elif BITS == 1:
+        word = _from_one_bit(_load(codes_ptr + group, live, 1, ALIGNED), 4, 2)
+    else:
+        low = _load(codes_ptr + 2 * group, live, 2, ALIGNED)
+        word = ((low >> 4) & 0x000F) | ((low & 0x000F) << 8) | ((low << 4) & 0x0F0000) | ((low & 0x0F00) << 16)
+        word = (word | (word << 2)) & 0x33333333
+        if BITS == 3:
+            word |= _from_one_bit(_load(codes_ptr + D // 4 + group, live, 1, ALIGNED), 2, 4) << 2
+    return word
+
+
+@triton.jit
+def _from_one_bit(byte, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The inverse of `_one_bit`."""
+    word = (byte >> 6) | ((byte >> FIRST & 3) << 8) | ((byte >> SECOND & 3) << 16) | ((byte & 3) << 24)
+    return (word | (word << 3)) & 0x11111111
 
 
 @triton.jit
@@ -100,71 +81,53 @@ def decompress_kernel(
     BITS: tl.constexpr,
     ROTATED: tl.constexpr,  # leaves R x̂
     SCALE: tl.constexpr,  # 1/√D
+    CENTROIDS: tl.constexpr,  # the positive ones, as `centroids` reads them
+    TILED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether words of codes can be loaded at once
+    PTX: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    CHUNK_X: tl.constexpr,  # coordinates that a thread stores at once
-    CHUNK_P: tl.constexpr,  # bytes that it loads at once
+    L: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    live = v < vectors
-    b, k, s = v // (K * S), v // S % K, v % S
+    J: tl.constexpr = D // (8 * L)
+    V: tl.constexpr = BLOCK_V
+    b, k, s, live = places(vectors, K, S, V, TILED)
+    row = (b * K + k) * S + s
     code_row_ptr = (codes_ptr + b * codes_stride_b + k * codes_stride_k + s * codes_stride_s)[:, None]
-    norm = tl.load(norms_ptr + b * norms_stride_b + k * norms_stride_k + s * norms_stride_s, mask=live, other=0.0)
-    center_row_ptr = None
+    norm_ptr = norms_ptr + b * norms_stride_b + k * norms_stride_k + s * norms_stride_s
+    norm = tl.load(norm_ptr, mask=live, other=0.0)[:, None]
     if center_ptr is not None:
-        center_row_ptr = (center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s)[:, None]
-    if BITS == 3:
-        index = _fields(_load_bytes(code_row_ptr, live, BLOCK_V, D // 4, CHUNK_P), BLOCK_V, D // 4, 2)
-        high = _load_bytes(code_row_ptr + D // 4, live, BLOCK_V, D // 8, CHUNK_P)
-        high = _separate(_separate(high, BLOCK_V, D // 8, 2, 51), BLOCK_V, D // 4, 4, 3)
-        index |= _separate(high, BLOCK_V, D // 2, 1, 1) << 2
-    else:
-        codes = _load_bytes(code_row_ptr, live, BLOCK_V, D * BITS // 8, CHUNK_P)
-        index = _fields(codes, BLOCK_V, D * BITS // 8, BITS)
-    x = _float(tl.load(table_ptr + CENTROIDS + index))
+        center_row_ptr = center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s
+    lane, table = tl.arange(0, L), table_words(CENTROIDS, s)
+    x = ()
+    for j in tl.static_range(J):
+        group = (j * L + lane)[None, :]
+        index = _load_codes(code_row_ptr, group, live[:, None], D, BITS, ALIGNED).to(tl.uint32, bitcast=True)
+        word = (index ^ _flips(index & (0x11111111 << (BITS - 1)), BITS)).to(tl.int32, bitcast=True)
+        found = centroids(word, word >> 16, table, PTX)
+        for i in tl.static_range(8):
+            negative = (~index.to(tl.int32, bitcast=True) << (31 - 4 * (i ^ 1) - (BITS - 1))) & SIGN_BIT
+            x += ((found[i ^ 1].to(tl.int32, bitcast=True) ^ negative).to(tl.float32, bitcast=True),)
     if not ROTATED:
-        x = _hadamard(x, BLOCK_V, D) * SCALE * _signs(table_ptr, tl.where(live, 0, 0), D, BLOCK_V)
-    parts = _apart(x * norm[:, None], BLOCK_V, D, D // CHUNK_X)
-    for chunk in tl.static_range(D // CHUNK_X):
-        d = chunk * CHUNK_X + tl.arange(0, CHUNK_X)
-        _store_vectors(out_ptr, parts[chunk], center_row_ptr, v, d, live, D)
-
-
-@triton.jit
-def dense_decompress_kernel(
-    codes_ptr,  # [B, K, S, P] uint8, any strides along B, K and S
-    norms_ptr,  # [B, K, S] float32, any strides
-    center_ptr,  # [B, K, S, D] float32, any strides along B, K and S; or None
-    table_ptr,  # int32: tqcore.kernels.compress_table
-    out_ptr,  # [B·K·S, D] float32 | bfloat16 | float16
-    vectors,  # B·K·S
-    codes_stride_b,
-    codes_stride_k,
-    codes_stride_s,
-    norms_stride_b,
-    norms_stride_k,
-    norms_stride_s,
-    center_stride_b,
-    center_stride_k,
-    center_stride_s,
-    K,
-    S,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    ROTATED: tl.constexpr,  # leaves R x̂
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    live = v < vectors
-    b, k, s = v // (K * S), v // S % K, v % S
-    code_row_ptr = (codes_ptr + b * codes_stride_b + k * codes_stride_k + s * codes_stride_s)[:, None]
-    norm = tl.load(norms_ptr + b * norms_stride_b + k * norms_stride_k + s * norms_stride_s, mask=live, other=0.0)
-    center_row_ptr = None
-    if center_ptr is not None:
-        center_row_ptr = (center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s)[:, None]
-    d = tl.arange(0, BLOCK_D)
-    if ROTATED:
-        x = _float(tl.load(table_ptr + CENTROIDS + _indices(code_row_ptr, d, live, D, BITS)))
-    else:
-        x = _unrotated(code_row_ptr, live, table_ptr, D, BITS, BLOCK_D, BLOCK_V)
-    _store_vectors(out_ptr, x * norm[:, None], center_row_ptr, v, d, live, D)
+        x = _hadamard(x, 0, V, L)
+    within = lane[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    out_row_ptr = (out_ptr + row * D)[:, None, None]
+    for j in tl.static_range(J):
+        d = 8 * L * j + within
+        part = _join8(
+            x[8 * j],
+            x[8 * j + 1],
+            x[8 * j + 2],
+            x[8 * j + 3],
+            x[8 * j + 4],
+            x[8 * j + 5],
+            x[8 * j + 6],
+            x[8 * j + 7],
+            V,
+            L,
+        )
+        if not ROTATED:
+            part = part * SCALE * floats(tl.load(table_ptr + ROTATION + d))
+        part = part * norm[:, :, None]
+        if center_ptr is not None:
+            part += tl.load(center_row_ptr[:, None, None] + d, mask=live[:, None, None], other=0.0)
+        tl.store(out_row_ptr + d, part.to(out_ptr.dtype.element_ty), mask=live[:, None, None])

@@ -1,0 +1,99 @@
+"""The Pallas twin of the encoders and decoders, against the oracle. XLA compiles what is interpreted: small vectors."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backends import assert_same_bits
+from test_compress import Case, check, vectors
+
+import tqcore
+import tqjax
+from tqcore import PackedVectors, Quantizer
+from tqjax import compress_ops, pallas_compress, triton_compress
+
+CASES = [
+    Case(D=16, bits=4),
+    Case(D=16, bits=3, norm="plain"),
+    Case(D=16, bits=2, dtype="bfloat16", center=True),
+    Case(D=8, bits=1, norm="corrected"),
+    Case(D=24, bits=3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gives_the_oracles_bits(case):
+    x, center = vectors(case)
+    given = None if center is None else jnp.asarray(center)
+    got = tqjax.compress(jnp.asarray(x), case.quantizer, center=given, implementation="pallas_triton")
+    check(case, np.asarray(got.codes), np.asarray(got.norms), tqcore.compress(x, case.quantizer, center=center))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]], ids=str)
+def test_decoders_agree(case, rotated):
+    packed = tqcore.compress(vectors(case)[0], case.quantizer)
+    expected = tqcore.decompress(packed, rotated=rotated)
+    got = tqjax.decompress(packed.map(jnp.asarray), rotated=rotated, implementation="pallas_triton")
+    limit = 1e-5 * np.abs(expected).max(-1, keepdims=True, initial=0)
+    assert ((np.abs(got - expected) <= limit) | (np.isnan(got) & np.isnan(expected))).all()
+
+
+def test_another_seed_is_seen():
+    case = Case(D=8)
+    x, _ = vectors(case)
+    codes = tqjax.compress(jnp.asarray(x), case.quantizer, implementation="pallas_triton").codes
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same_bits(np.asarray(codes), tqcore.compress(x, Quantizer(8, seed=1)).codes)
+
+
+def test_appends_and_maps():
+    """Under `jit` and `vmap`; XLA writes what the kernel encodes."""
+    quantizer, rng = Quantizer(16), np.random.default_rng(0)
+    x = rng.standard_normal((2, 1, 3, 5, 16)).astype(np.float32)
+    expected = tqcore.compress(x, quantizer)
+
+    def append(codes, norms, x):
+        packed = PackedVectors(codes, norms, quantizer)
+        return tqjax.append(packed, x, jnp.zeros(1, jnp.int32), implementation="pallas_triton")
+
+    got = jax.jit(jax.vmap(append))(jnp.zeros_like(expected.codes), jnp.zeros_like(expected.norms), x)
+    assert_same_bits(np.asarray(got.codes), expected.codes)
+    assert_same_bits(np.asarray(got.norms), expected.norms)
+
+
+def test_says_what_it_cannot_do(monkeypatch):
+    needs = "'pallas_triton' needs .*2 GiB and head_dim 8 to 256, got head_dim={}, {} bytes; 'xla' has no such need"
+    with pytest.raises(NotImplementedError, match=needs.format(512, 6144)):
+        tqjax.compress(np.ones((3, 512), np.float32), Quantizer(512), implementation="pallas_triton")
+    many = jax.ShapeDtypeStruct((2**22 + 1, 128), jnp.float32)
+    with pytest.raises(NotImplementedError, match=needs.format(128, 2**31 + 512)):
+        jax.eval_shape(lambda x: tqjax.compress(x, Quantizer(128), implementation="pallas_triton").codes, many)
+
+
+@pytest.mark.parametrize("operation", ["compress", "append", "decompress"])
+def test_none_prefers_triton(monkeypatch, operation):
+    vectors = jax.ShapeDtypeStruct((3, 64), jnp.float32)
+    found = lambda: list(compress_ops._kernels(operation, Quantizer(64), vectors))  # noqa: E731
+    assert found() == ["triton", "pallas_triton"]
+    monkeypatch.setattr(triton_compress, "INSTALLED", False)
+    assert found() == ["pallas_triton"]
+    monkeypatch.setattr(compress_ops, "pallas_compress", None)
+    assert found() == []
+
+
+def compiled(capability):
+    """Resources of the encoder of many vectors."""
+    from cubin import compile_ttir, pallas_ttir, resources
+
+    encode = partial(pallas_compress.compress, quantizer=Quantizer(128))
+    ((text, num_warps, num_stages),) = pallas_ttir(encode, jax.ShapeDtypeStruct((2**16, 128), jnp.bfloat16))
+    return resources(compile_ttir(text, capability, num_warps=num_warps, num_stages=num_stages), capability)
+
+
+def test_compiles(in_compiling_process, record_property):
+    taken = in_compiling_process(compiled, 90)
+    record_property("resources", f"pallas_compress  sm_90 : {taken.registers} registers, {taken.spill_bytes} spilled")
+    assert taken.spill_bytes == 0 and taken.registers <= 168

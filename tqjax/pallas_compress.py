@@ -1,0 +1,487 @@
+"""Vectors to packed codes and back, in Pallas lowered through Triton.
+
+    y = R x̃,  index_d = number of boundaries b with b·‖x̃‖ < y_d,  x̃ = (x − center)·2^−e        x̂ = norm · Rᵀ c + center
+
+Reads D elements of a vector and writes its codes and norm, or the other way round. With a Hadamard rotation compression
+equals `tqcore.reference.compress` bit for bit. A vector lies in L lanes: coordinate d = 8·(L·j + lane) + k is number
+8·j + k of a list of [R, L] arrays, so that all butterflies but log2(L) and all packing stay within a thread. Its
+Triton twin is `tqcore/kernels/compress.py`.
+
+Source: docs/format.md, section 4; byte permutes: PTX ISA, `prmt`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from tqcore import fixed_point, tuning
+from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT_BITS, QUERY_LIMIT
+from tqcore.kernels import FIND_MAGNITUDE, can_compress, centroid_words
+from tqcore.rotation import inverse_sqrt, matrix, signs
+
+MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays by signed 32-bit offsets
+
+CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
+MAGIC = 8388608.0  # 2^23: the low bits of MAGIC + n are n
+SIGN_BIT = -(2**31)
+SIGN_BITS = (None, 0x11111111, 0x22222222, 0x44444444, 0x88888888 - 2**32)  # of eight nibbles, by the width of indices
+FEW_ROWS = 8192  # up to which they are spread over more lanes and programs
+DENSE_STEP = 32  # rows of the matrix that a step of a dense rotation takes
+
+# The centroid of a nibble of $1, by three bits of it; the fourth one is 0. The float32 of centroids end in two bytes of
+# zeros: $2 $3 are the first bytes of the eight, $4 $5 the second ones. A selector of `prmt` with its fourth bit set
+# repeats the sign of a byte, which is zero. (Pallas takes one result a call; ptxas merges what four calls share.)
+CENTROID = """{
+.reg .b32 first, second;
+prmt.b32 first, $2, $3, $1;
+prmt.b32 second, $4, $5, $1;
+prmt.b32 $0, first, second, 0x%s;
+}"""
+PICKS = ("0488", "1599", "26AA", "37BB")
+
+
+def _split8(x):
+    """[R, L, 8] as eight of [R, L], in order."""
+    x0, x4, x2, x6, x1, x5, x3, x7 = (
+        half for pair in _halves(x) for quarter in _halves(pair) for half in _halves(quarter)
+    )
+    return [x.reshape(x.shape[:2]) for x in (x0, x1, x2, x3, x4, x5, x6, x7)]
+
+
+def _halves(x):
+    """The even and the odd elements of the last axis."""
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+    return [half.reshape(half.shape[:-1]) for half in lax.split(pairs, (1, 1), axis=-1)]
+
+
+def _join(parts):
+    """The inverse, of two, four or eight parts [R, L]."""
+    if len(parts) == 1:
+        return parts[0][..., None]
+    joined = jnp.stack([_join(parts[::2]), _join(parts[1::2])], -1)
+    return joined.reshape(*parts[0].shape, len(parts))
+
+
+def _hadamard(x, first=0):
+    """H x by the butterflies of `tqcore.rotation.hadamard`, in its order, from width 2^first on."""
+    lanes = x[0].shape[1]
+    for i in range(first, 3):
+        x = _between(x, 1 << i)
+    for i in range(lanes.bit_length() - 1):
+        x = _across(x, 1 << i)
+    for i in range(3, len(x).bit_length() - 1):
+        x = _between(x, 1 << i)
+    return x
+
+
+def _between(x, width):
+    """Butterflies of arrays `width` apart."""
+    return [x[i ^ width] - x[i] if i & width else x[i] + x[i ^ width] for i in range(len(x))]
+
+
+def _across(x, width):
+    """Butterflies of lanes `width` apart: the other lane's value is a sum of bits without one's own."""
+    rows, lanes = x[0].shape
+    sign = jnp.where((jnp.arange(lanes)[None, :] & width) == 0, 1.0, -1.0)
+    y = []
+    for one in x:
+        bits = _bits(one).reshape(rows, lanes // (2 * width), 2, width)
+        total = jnp.broadcast_to(jnp.sum(bits, axis=2)[:, :, None, :], bits.shape)
+        y.append(_float((total - bits).reshape(rows, lanes)) + one * sign)
+    return y
+
+
+def _tree_sum(x):
+    """The sum [R] of all coordinates by halving them, `tqcore.fixed_point.tree_sum`."""
+    while len(x) > 8:
+        x = _halve(x)
+    lanes = []
+    for one in x:
+        rows, width = one.shape
+        while width > 1:
+            width //= 2
+            one = jnp.sum(one.reshape(rows, 2, width), axis=1)
+        lanes.append(one.reshape(rows))
+    return _halve(_halve(_halve(lanes)))[0]
+
+
+def _halve(x):
+    half = len(x) // 2
+    return [x[i] + x[i + half] for i in range(half)]
+
+
+def _find(opposite, word, bounds, first, bits, ptx):
+    """word + the `bits` − 1 bits of the index of a magnitude, the lowest at bit `first`.
+
+    Args:
+      opposite: −y. Where its sign is set, y is positive and counts as the next smaller magnitude, and a magnitude on a
+        boundary is above it: so a coordinate on a boundary goes down on both sides of zero.
+      word: MAGIC + an integer.
+      bounds: the positive boundaries times the radius.
+    """
+    if bits == 1:
+        return word
+    if ptx:
+        weights = [jnp.full(word.shape, float(1 << (first + n)), jnp.float32) for n in range(bits - 1)]
+        constraints = "=&f,r,f" + ",f" * (bits - 1 + len(bounds))
+        return _assembly(FIND_MAGNITUDE[bits - 1], constraints, opposite, word, *weights, *bounds)
+    raw = _bits(opposite)
+    z = jnp.abs(_float(raw + (raw >> 31)))
+    return word + sum(jnp.where(z >= bound, 1.0, 0.0) for bound in bounds) * float(1 << first)
+
+
+def _table_words(table, row):
+    """table + 0 · row: else ptxas keeps them in uniform registers, unfit for `prmt`."""
+    return [part + (row >> 31)[:, None] for part in table]
+
+
+def _centroids(low, high, table, ptx):
+    """The positive centroids of four nibbles of `low`, from the lowest on, then of `high`; no nibble is above 7."""
+    found = []
+    for i in range(8):
+        word = high if i > 3 else low
+        if ptx:
+            arguments = [word, *(jnp.broadcast_to(part, word.shape) for part in table)]
+            found.append(_assembly(CENTROID % PICKS[i % 4], "=f,r,r,r,r,r", *arguments))
+        else:
+            index = (word >> (4 * (i % 4))) & 7
+            first = (jnp.where(index < 4, table[0], table[1]) >> (index % 4 * 8)) & 255
+            second = (jnp.where(index < 4, table[2], table[3]) >> (index % 4 * 8)) & 255
+            found.append(_float((first << 24) | (second << 16)))
+    return found
+
+
+def _flips(positive, bits):
+    """What takes nibbles of magnitudes to indices, and indices to magnitudes and back, by exclusive or.
+
+    A magnitude's bits are reversed where bit `bits` − 1 of its nibble is not set in `positive`, else that bit is added.
+    """
+    return lax.shift_right_logical(positive, bits - 1) + (2 ** (bits - 1) - 1) * 0x11111111
+
+
+def _two_bits(word):
+    """Two bits of each nibble, in 16 bits as they are packed."""
+    word = word & 0x33333333
+    word = (word | (word >> 2)) & 0x0F0F0F0F
+    word = (word << 4) | (word >> 8)
+    return (word & 0xFF) | ((word >> 8) & 0xFF00)
+
+
+def _one_bit(word, first, second):
+    """One bit of each nibble, in 8 bits; `first` and `second` are the places of the middle pairs."""
+    word = word & 0x11111111
+    word = (word | (word >> 3)) & 0x03030303
+    return ((word << 6) & 0xC0) | ((word >> 8 & 3) << first) | ((word >> 16 & 3) << second) | (word >> 24)
+
+
+def _store_codes(codes_ref, row, group, word, live, head_dim, bits):
+    """Eight indices of each vector, of the coordinates from 8·group on."""
+
+    def store(first, word, count):
+        parts = [(word >> (8 * i)).astype(jnp.uint8) for i in range(count)]
+        column = first + count * group[:, :, None] + jnp.arange(count)[None, None, :]
+        plgpu.store(codes_ref.at[row[:, None, None], column], _join(parts), mask=live[:, :, None])
+
+    if bits == 4:
+        store(0, word, 4)
+    elif bits == 1:
+        store(0, _one_bit(word, 4, 2), 1)
+    else:
+        store(0, _two_bits(word), 2)
+        if bits == 3:
+            store(head_dim // 4, _one_bit(word >> 2, 2, 4), 1)
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _assembly(text, constraints, *arguments):
+    result = jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)
+    return plgpu.elementwise_inline_asm(
+        text, args=list(arguments), constraints=constraints, pack=1, result_shape_dtypes=[result]
+    )[0]
+
+
+def _multiply(a, b, ptx):
+    """a · b rounded once, never fused with an addition: on a CPU by a minimum that changes nothing."""
+    return _assembly("mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b) if ptx else jnp.minimum(a * b, QUERY_LIMIT**2)
+
+
+def _opposite(y, factor, ptx):
+    """−factor · y, but never −0."""
+    factor = jnp.full(y.shape, -factor, jnp.float32)
+    if ptx:
+        return _assembly("fma.rn.f32 $0, $1, $2, 0f00000000;", "=f,f,f", y, factor)
+    return jnp.where(y == 0, 0.0, y * factor)
+
+
+def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, boundaries, ptx):
+    """x [rows, D] to codes [rows, P] and norms [rows]; refs: the center's, if any, and those."""
+    *center_ref, codes_ref, norms_ref = refs
+    R, L, J, D, bits = (constants[name] for name in ("R", "L", "J", "D", "BITS"))
+    row = pl.program_id(0) * R + jnp.arange(R)
+    live = row < x_ref.shape[0]
+    load = functools.partial(_load, x_ref, *(center_ref or (None,)), row, live, center)
+
+    within = jnp.arange(L)[None, :, None] * 8 + jnp.arange(8)[None, None, :]
+    x = [one for j in range(J) for one in _split8(load(8 * L * j + within))]
+    magnitude = functools.reduce(jnp.maximum, (_bits(one) & ABS_MASK for one in x))
+    magnitude = jnp.max(magnitude, axis=1)
+    usable = (magnitude < INFINITY_BITS) & (magnitude >= MIN_EXPONENT_BITS)
+    e = jnp.where(usable, ((magnitude + CARRY) >> 23) - BIAS, 0)
+    inverse = _float(jnp.where(usable, (127 - e) << 23, 0))[:, None]
+    scaled = [one * inverse for one in x]
+    square = _tree_sum([_multiply(one, one, ptx) for one in scaled])
+    length = _assembly("sqrt.rn.f32 $0, $1;", "=f,f", square) if ptx else jnp.sqrt(square)
+
+    dense = constants["DENSE"]
+    y = _dense(load, rotation_ref, inverse, constants) if dense else _rotate(scaled, rotation_ref, within)
+    radius = jnp.where(usable, length, 1.0)[:, None]
+    bounds = [jnp.broadcast_to(b * radius, (R, L)) for b in boundaries]
+    has_sign = jnp.where(usable, SIGN_BITS[bits], 0)[:, None]
+    table = _table_words(constants["TABLE"], row)
+    products = []
+    for j in range(J):
+        high = low = jnp.full((R, L), MAGIC, jnp.float32)
+        sign = jnp.zeros((R, L), jnp.int32)
+        magnitudes = []
+        for i in range(8):  # from the highest nibble on
+            opposite = _opposite(y[8 * j + (7 - i ^ 1)], constants["FACTOR"], ptx)
+            if i < 4:
+                high = _find(opposite, high, bounds, 12 - 4 * i, bits, ptx)
+            else:
+                low = _find(opposite, low, bounds, 28 - 4 * i, bits, ptx)
+            sign = (sign << 4) | lax.shift_right_logical(_bits(opposite), 28)
+            magnitudes.append(jnp.abs(opposite))
+        low, high = _bits(low), _bits(high)
+        positive = lax.shift_right_logical(sign, 4 - bits) & has_sign
+        index = ((low & 0xFFFF) | (high << 16)) ^ _flips(positive, bits)
+        group = (j * L + jnp.arange(L))[None, :]
+        _store_codes(codes_ref, row, group, index, live[:, None] & (group < D // 8), D, bits)
+        if corrected:
+            found = _centroids(low, high, table, ptx)
+            products += [_multiply(magnitudes[7 - i ^ 1], found[i ^ 1], ptx) for i in range(8)]
+    norm = length
+    if corrected:
+        along = jnp.where(usable, _tree_sum(products), 1.0)
+        norm = _assembly("div.rn.f32 $0, $1, $2;", "=f,f,f", square, along) if ptx else square / along
+    norm = jnp.where(magnitude < INFINITY_BITS, norm * _float((e + 127) << 23), np.float32(np.nan))
+    plgpu.store(norms_ref.at[row], norm, mask=live)
+
+
+def _load(x_ref, center_ref, row, live, center, d):
+    """x less its center at coordinates d [1, ...], float32."""
+    row, live = (one.reshape(-1, *(1,) * (d.ndim - 1)) for one in (row, live))
+    inside = live & (d < x_ref.shape[1])
+    x = plgpu.load(x_ref.at[row, d], mask=inside, other=0.0).astype(jnp.float32)
+    if center_ref is None:
+        return x
+    return x - plgpu.load(center_ref.at[center(row), d], mask=inside, other=0.0)
+
+
+def _rotate(x, signs_ref, within):
+    """H (signs ⊙ x): R x but for the factor."""
+    y = []
+    for j in range(len(x) // 8):
+        d = 8 * within.shape[1] * j + within
+        signs = _split8(plgpu.load(signs_ref.at[d]))
+        for i in range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
+            first, second = x[8 * j + i] * signs[i], x[8 * j + i + 1] * signs[i + 1]
+            y += [first + second, first - second]
+    return _hadamard(y, 1)
+
+
+def _dense(load, matrix_ref, inverse, constants):
+    """R x̃ as 8·J arrays of [R, L]."""
+    D, width = constants["D"], 8 * constants["L"] * constants["J"]
+    column = jnp.arange(width)[None, :]
+    step = min(DENSE_STEP, width)
+
+    def add(i, acc):
+        d = i * step + jnp.arange(step)
+        part = load(d[None, :]) * inverse
+        inside = (d[:, None] < D) & (column < D)
+        rows = plgpu.load(matrix_ref.at[d[:, None], column], mask=inside, other=0.0)
+        return acc + jnp.dot(part, rows, precision=lax.Precision.HIGHEST)
+
+    acc = jnp.zeros((constants["R"], width), jnp.float32)
+    return _columns(lax.fori_loop(0, tuning.ceil_div(D, step), add, acc), constants["J"], constants["L"])
+
+
+def _columns(x, J, L):
+    """[R, 8·L·J] as 8·J arrays of [R, L]."""
+    if J == 1:
+        return _split8(x.reshape(x.shape[0], L, 8))
+    halves = x.reshape(x.shape[0], 2, x.shape[1] // 2).transpose(0, 2, 1)
+    front, back = (half.reshape(half.shape[:2]) for half in lax.split(halves, (1, 1), axis=2))
+    return _columns(front, J // 2, L) + _columns(back, J // 2, L)
+
+
+def can_do(quantizer, vectors):
+    """Whether the kernels take this quantizer and so many vectors."""
+    return can_compress(quantizer) and vectors.size * vectors.dtype.itemsize <= MAX_INDEXED_BYTES
+
+
+def compress(x, quantizer, center=None, *, interpret=False):
+    """x [..., S, D] -> codes [..., S, P], norms [..., S]."""
+    shape, rows = x.shape, x.size // x.shape[-1]
+    constants = _constants(quantizer, rows)
+    kernel = functools.partial(
+        _compress_kernel, constants=constants, center=_center_row(center, shape),
+        corrected=quantizer.norm == "corrected", ptx=not interpret,
+        boundaries=quantizer.codebook.boundaries[2 ** (quantizer.code_bits - 1) :].tolist(),
+    )  # fmt: skip
+    arrays = [x.reshape(rows, shape[-1]), _rotation(quantizer, False)]
+    arrays += [] if center is None else [center.reshape(-1, shape[-1])]
+    outs = [
+        jax.ShapeDtypeStruct((rows, quantizer.packed_dim), jnp.uint8),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ]
+    codes, norms = _call(kernel, arrays, outs, constants["R"], rows, interpret, "tq_compress")
+    return codes.reshape(*shape[:-1], quantizer.packed_dim), norms.reshape(shape[:-1])
+
+
+def _call(kernel, arrays, outs, block, rows, interpret, name):
+    def whole(x):  # Pallas does not mask blocks that overrun an array, before jax 0.12
+        return pl.BlockSpec(x.shape, lambda i: (0,) * len(x.shape))
+
+    return pl.pallas_call(
+        kernel,
+        grid=(tuning.ceil_div(rows, block),),
+        in_specs=[whole(x) for x in arrays],
+        out_specs=[whole(x) for x in outs],
+        out_shape=outs,
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )(*arrays)
+
+
+def _constants(quantizer, rows):
+    """What both kernels are compiled for."""
+    bits, dense = quantizer.code_bits, quantizer.rotation != "hadamard"
+    padded = tuning.next_power_of_two(quantizer.head_dim)
+    lanes = min(8 if rows < FEW_ROWS else max(2, padded // 64), padded // 8)
+    return {
+        "D": quantizer.head_dim,
+        "BITS": bits,
+        "TABLE": centroid_words(quantizer.codebook.centroids[2 ** (bits - 1) :]),
+        "FACTOR": 1.0 if dense else float(inverse_sqrt(quantizer.head_dim)),
+        "DENSE": dense,
+        "R": 32 // lanes,
+        "L": lanes,
+        "J": padded // (8 * lanes),
+    }
+
+
+def _center_row(center, shape):
+    """The row of a center, as [..., D] of fewer or shorter axes, that belongs to a row of vectors."""
+    if center is None:
+        return None
+    axes = (1,) * (len(shape) - center.ndim) + center.shape
+
+    def find(row):
+        found, step = 0, 1
+        for size, ours in zip(reversed(shape[:-1]), reversed(axes[:-1]), strict=True):
+            if ours > 1:
+                found = found + row % size * step
+                step *= ours
+            row = row // size
+        return found + jnp.zeros_like(row)
+
+    return find
+
+
+def _rotation(quantizer, inverse):
+    """Signs, or the matrix that rows are multiplied by."""
+    if quantizer.rotation == "hadamard":
+        return jnp.asarray(signs(quantizer))
+    return jnp.asarray(matrix(quantizer) if inverse else matrix(quantizer).T)
+
+
+def _decompress_kernel(codes_ref, norms_ref, rotation_ref, out_ref, *, constants, rotated, ptx):
+    """codes [rows, P] and norms [rows] to vectors [rows, D]."""
+    R, L, J, D, bits, dense = (constants[name] for name in ("R", "L", "J", "D", "BITS", "DENSE"))
+    row = pl.program_id(0) * R + jnp.arange(R)
+    live = row < norms_ref.shape[0]
+    norm = plgpu.load(norms_ref.at[row], mask=live, other=0.0)[:, None, None]
+    x, table = [], _table_words(constants["TABLE"], row)
+    for j in range(J):
+        group = (j * L + jnp.arange(L))[None, :]
+        index = _load_codes(codes_ref, row, group, live[:, None] & (group < D // 8), D, bits)
+        word = index ^ _flips(index & SIGN_BITS[bits], bits)
+        found = _centroids(word, word >> 16, table, ptx)
+        for i in range(8):
+            negative = (~index << (31 - 4 * (i ^ 1) - (bits - 1))) & SIGN_BIT
+            x.append(_float(_bits(found[i ^ 1]) ^ negative))
+    if not rotated:
+        x = _dense_back(x, rotation_ref, constants) if dense else _hadamard(x)
+    within = jnp.arange(L)[None, :, None] * 8 + jnp.arange(8)[None, None, :]
+    for j in range(J):
+        d = 8 * L * j + within
+        inside = live[:, None, None] & (d < D)
+        part = _join(x[8 * j : 8 * j + 8])
+        if not rotated and not dense:
+            part = part * np.float32(constants["FACTOR"]) * plgpu.load(rotation_ref.at[d])
+        part = part * norm
+        plgpu.store(out_ref.at[row[:, None, None], d], part.astype(out_ref.dtype), mask=inside)
+
+
+def _load_codes(codes_ref, row, group, live, head_dim, bits):
+    """The inverse of `_store_codes`: a word of eight indices."""
+
+    def load(first, count):
+        parts = []
+        for i in range(count):
+            place = codes_ref.at[row[:, None], first + count * group + i]
+            parts.append(plgpu.load(place, mask=live, other=0).astype(jnp.int32) << (8 * i))
+        return functools.reduce(jnp.bitwise_or, parts)
+
+    if bits == 4:
+        return load(0, 4)
+    if bits == 1:
+        return _from_one_bit(load(0, 1), 4, 2)
+    low = load(0, 2)
+    word = ((low >> 4) & 0x000F) | ((low & 0x000F) << 8) | ((low << 4) & 0x0F0000) | ((low & 0x0F00) << 16)
+    word = (word | (word << 2)) & 0x33333333
+    return word if bits == 2 else word | (_from_one_bit(load(head_dim // 4, 1), 2, 4) << 2)
+
+
+def _from_one_bit(byte, first, second):
+    """The inverse of `_one_bit`."""
+    word = (byte >> 6) | ((byte >> first & 3) << 8) | ((byte >> second & 3) << 16) | ((byte & 3) << 24)
+    return (word | (word << 3)) & 0x11111111
+
+
+def _dense_back(x, matrix_ref, constants):
+    """Rᵀ x as 8·J arrays of [R, L], by rank-8·L updates."""
+    R, L, J, D = (constants[name] for name in ("R", "L", "J", "D"))
+    column = jnp.arange(8 * L * J)[None, :]
+    acc = jnp.zeros((R, 8 * L * J), jnp.float32)
+    for j in range(J):
+        part = _join(x[8 * j : 8 * j + 8]).reshape(R, 8 * L)
+        d = 8 * L * j + jnp.arange(8 * L)[:, None]
+        rows = plgpu.load(matrix_ref.at[d, column], mask=(d < D) & (column < D), other=0.0)
+        acc = acc + jnp.dot(part, rows, precision=lax.Precision.HIGHEST)
+    return _columns(acc, J, L)
+
+
+def decompress(codes, norms, quantizer, dtype, rotated, *, interpret=False):
+    """codes [..., S, P], norms [..., S] -> norm · Rᵀ c [..., S, D], or norm · c if rotated."""
+    shape, rows = (*norms.shape, quantizer.head_dim), norms.size
+    out = jax.ShapeDtypeStruct((rows, quantizer.head_dim), jnp.dtype(dtype))
+    constants = _constants(quantizer, rows)
+    kernel = functools.partial(_decompress_kernel, constants=constants, rotated=rotated, ptx=not interpret)
+    arrays = [codes.reshape(rows, codes.shape[-1]), norms.reshape(rows), _rotation(quantizer, True)]
+    (out,) = _call(kernel, arrays, [out], constants["R"], rows, interpret, "tq_decompress")
+    return out.reshape(shape)
