@@ -150,7 +150,6 @@ def _attention(query, keys, values, kv_lengths, page_table, sinks, options, name
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):
-    leaves, tree = jax.tree.flatten((query, keys, values, kv_lengths, page_table, sinks))
     sizes = dict(zip("bhk", (*query.shape[:2], keys.codes.shape[1]), strict=True))
     first = "b" if page_table is None else "N"
 
@@ -158,13 +157,12 @@ def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, option
         center = None if packed.center is None else partition.axes_of(packed.center.shape, f"{first}kSD", sizes)
         return dataclasses.replace(packed, codes=f"{first}kSP", norms=f"{first}kS", center=center)
 
+    def attend(*arrays):
+        return _attention_here(*arrays, options, name, by_platform)
+
     optional = None if page_table is None else "bM", None if sinks is None else "h"
-    named = jax.tree.leaves(("bhTD", axes(keys), axes(values), "b", *optional))
-
-    def attend(*leaves):
-        return _attention_here(*jax.tree.unflatten(tree, leaves), options, name, by_platform)
-
-    return tuple(partition.split(attend, named, ("bhTD", "bhT"), leaves))
+    arrays = query, keys, values, kv_lengths, page_table, sinks
+    return tuple(partition.split(attend, ("bhTD", axes(keys), axes(values), "b", *optional), ("bhTD", "bhT"), arrays))
 
 
 def _attention_here(query, keys, values, kv_lengths, page_table, sinks, options, name, by_platform):

@@ -217,21 +217,21 @@ def _scores_here(*arrays, implementation):
     q, codes, _, _ = arrays
     batch, heads, length, head_dim = q.shape
     if 0 in (*q.shape, *codes.shape):
-        return [jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)]
+        return jnp.zeros((batch, heads, length, codes.shape[2]), jnp.float32)
     plain = xla.fused_qk_scores
     bits = code_bits(codes.shape[-1], head_dim)
     kernels = _kernels(head_dim, bits)
     name = implementation or _preferred(kernels, keys=batch * codes.shape[1] * codes.shape[2])
     if name == "xla":
-        return [plain(*arrays)]
+        return plain(*arrays)
     if name not in kernels:
         raise NotImplementedError(f"{NEEDS[name]}, got head_dim={head_dim}, bits={bits}; 'xla' has no such need.")
     compiled = kernels[name]
     if implementation is None:
-        return [lax.platform_dependent(*arrays, cuda=compiled, default=plain)]
+        return lax.platform_dependent(*arrays, cuda=compiled, default=plain)
     if name != "pallas_triton":
-        return [compiled(*arrays)]
-    return [lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))]
+        return compiled(*arrays)
+    return lax.platform_dependent(*arrays, cuda=compiled, cpu=functools.partial(compiled, interpret=True))
 
 
 def _kernels(head_dim, bits):

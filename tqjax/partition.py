@@ -25,18 +25,20 @@ split_p.multiple_results = True
 split_p.def_impl(functools.partial(apply_primitive, split_p))
 
 
-def split(function: Callable[..., Any], axes: Sequence[str], results: Sequence[str], arrays: Sequence[Any]) -> list:
-    """function(*arrays), a sequence of arrays, on each device with its part of the axes that may be sharded.
+def split(function: Callable[..., Any], axes: Any, results: Sequence[str], arrays: Sequence[Any]) -> list:
+    """The arrays of function(*arrays), a list, each device having computed its part of the axes that may be sharded.
 
     Args:
-      function: of arrays of any size along those axes.
-      axes, results: a string for each array and each result, a letter for each of its axes. Capitals are axes that each
-        device needs whole. "h" are the query heads of key heads "k": each device holds those of its key heads.
+      function: of arrays, or trees of them, of any size along those axes.
+      axes: the same trees of strings, a letter for each axis of an array; capitals are axes that each device needs
+        whole. "h" are the query heads of key heads "k": each device holds those of its key heads.
+      results: a string for each result.
     """
-    given = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
-    function = _listed(function)
-    jaxpr = jax.make_jaxpr(function)(*given)
-    return split_p.bind(*arrays, jaxpr=jaxpr, function=function, axes=tuple(axes), results=tuple(results))
+    leaves, tree = jax.tree.flatten(tuple(arrays))
+    flat = functools.partial(_flat, function, tree)
+    jaxpr = jax.make_jaxpr(flat)(*(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves))
+    options = {"axes": tuple(jax.tree.leaves(axes)), "results": tuple(results)}
+    return split_p.bind(*leaves, jaxpr=jaxpr, function=flat, **options)
 
 
 def axes_of(shape: Sequence[int], whole: str, sizes: dict[str, int]) -> str:
@@ -55,33 +57,42 @@ def _batch(arrays, batched, *, jaxpr, function, axes, results):
     """One more axis, that may be sharded as well."""
     letter = next(letter for letter in "vwxyz" if all(letter not in of for of in axes))
     arrays = [x if at is None else jnp.moveaxis(x, at, 0) for x, at in zip(arrays, batched, strict=True)]
-    where = [None if at is None else 0 for at in batched]
     axes = [of if at is None else letter + of for of, at in zip(axes, batched, strict=True)]
-    found = split(jax.vmap(function, where), axes, [letter + of for of in results], arrays)
+    function = jax.vmap(function, [None if at is None else 0 for at in batched])
+    found = split(function, axes, [letter + of for of in results], arrays)
     return found, [0] * len(found)
 
 
 def _lower(ctx, *operands, jaxpr, function, axes, results):
-    context, avals = ctx.module_context.axis_context, jaxpr.in_avals
-    if len(getattr(context, "device_assignment", None) or ()) < 2 and not hasattr(context, "manual_axes"):
-        spread = jaxpr_as_fun(jaxpr)  # one device, or `jax.export`, which knows of none
-    else:
+    spread, avals = jaxpr_as_fun(jaxpr), jaxpr.in_avals
+    if _is_for_several(ctx.module_context.axis_context):
         sizes = {letter: n for x, of in zip(avals, axes, strict=True) for letter, n in zip(of, x.shape, strict=True)}
-        spread = _partitioned(function, axes, results, sizes)
+        spread = _partitioned(function, jaxpr.out_avals, axes, results, sizes)
     ctx = ctx.replace(avals_in=avals, avals_out=jaxpr.out_avals)
     return mlir.lower_fun(spread, multiple_results=True)(ctx, *operands)
+
+
+def _is_for_several(context):
+    """Whether XLA is to partition: not on one device, nor within `shard_map`, nor in `jax.export`, which knows none."""
+    if hasattr(context, "manual_axes"):
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    return len(getattr(context, "device_assignment", None) or ()) > 1
 
 
 batching.primitive_batchers[split_p] = _batch
 mlir.register_lowering(split_p, _lower)
 
 
-def _listed(function):
-    return lambda *arrays: list(function(*arrays))
+def _flat(function, tree, *leaves):
+    return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
 
-def _partitioned(function, axes, results, sizes):
+def _partitioned(function, outs, axes, results, sizes):
     """`function` as XLA partitions it."""
+
+    @custom_partitioning
+    def wrapped(*arrays):  # stands for it until its parts are known, and may hold no constants
+        return [jnp.zeros(x.shape, x.dtype) for x in outs]
 
     def partition(mesh, arrays, outs):
         found: dict[str, tuple[str, ...]] = {}
@@ -97,7 +108,6 @@ def _partitioned(function, axes, results, sizes):
         ]
         return mesh, function, places[: len(results)], tuple(places[len(results) :])
 
-    wrapped = custom_partitioning(function)
     wrapped.def_partition(partition=partition, **_rule(axes, results, sizes))
     return wrapped
 
