@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, softmax, tuning
-from tqjax import device, xla
+from tqjax import device, partition, xla
 from tqjax.pallas_scores import (
     MAX_INDEXED_BYTES,
     NOT_FINITE,
@@ -265,7 +265,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, *, in
         in_specs=[pl.BlockSpec((None, rows, head_dim), lambda split, head, r: (head, 0, 0)), *whole],
         out_specs=[part(rows, head_dim), part(2, rows)],
         out_shape=[
-            jax.ShapeDtypeStruct((kv, config.splits, *shape), jnp.float32) for shape in ((rows, head_dim), (2, rows))
+            partition.struct((kv, config.splits, *shape), jnp.float32) for shape in ((rows, head_dim), (2, rows))
         ],
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,

@@ -23,6 +23,7 @@ from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT_BITS, QUERY_LIMIT
 from tqcore.kernels import FIND_MAGNITUDE, can_compress, centroid_words
 from tqcore.rotation import inverse_sqrt, matrix, signs
+from tqjax import partition
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays by signed 32-bit offsets
 
@@ -344,8 +345,8 @@ def compress(x, quantizer, center=None, *, interpret=False):
     arrays = [x.reshape(rows, shape[-1]), _rotation(quantizer, False)]
     arrays += [] if center is None else [center.reshape(-1, shape[-1])]
     outs = [
-        jax.ShapeDtypeStruct((rows, quantizer.packed_dim), jnp.uint8),
-        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        partition.struct((rows, quantizer.packed_dim), jnp.uint8),
+        partition.struct((rows,), jnp.float32),
     ]
     codes, norms = _call(kernel, arrays, outs, constants["R"], rows, interpret, "tq_compress")
     return codes.reshape(*shape[:-1], quantizer.packed_dim), norms.reshape(shape[:-1])
@@ -479,7 +480,7 @@ def _dense_back(x, matrix_ref, constants):
 def decompress(codes, norms, quantizer, dtype, rotated, *, interpret=False):
     """codes [..., S, P], norms [..., S] -> norm · Rᵀ c [..., S, D], or norm · c if rotated."""
     shape, rows = (*norms.shape, quantizer.head_dim), norms.size
-    out = jax.ShapeDtypeStruct((rows, quantizer.head_dim), jnp.dtype(dtype))
+    out = partition.struct((rows, quantizer.head_dim), jnp.dtype(dtype))
     constants = _constants(quantizer, rows)
     kernel = functools.partial(_decompress_kernel, constants=constants, rotated=rotated, ptx=not interpret)
     arrays = [codes.reshape(rows, codes.shape[-1]), norms.reshape(rows), _rotation(quantizer, True)]

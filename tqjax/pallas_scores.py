@@ -23,7 +23,7 @@ from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT, ROUNDER, ROUNDER_BITS, SMALLEST_NORMAL
 from tqcore.kernels import lookup
 from tqcore.packing import code_bits
-from tqjax import device
+from tqjax import device, partition
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays of up to 2^32 bytes by signed 32-bit offsets
 
@@ -247,7 +247,7 @@ def _call(q, codes, norms, *, words, interpret, config):
             pl.BlockSpec(words.shape, lambda s, head, r: (0,)),
         ],
         out_specs=of_head(rows, keys),
-        out_shape=jax.ShapeDtypeStruct((heads, rows, keys), jnp.float32),
+        out_shape=partition.struct((heads, rows, keys), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="tq_fused_qk_scores",

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 split_p = Primitive("tq_split")
 split_p.multiple_results = True
@@ -35,10 +36,11 @@ def split(function: Callable[..., Any], axes: Any, results: Sequence[str], array
       results: a string for each result.
     """
     leaves, tree = jax.tree.flatten(tuple(arrays))
-    flat = functools.partial(_flat, function, tree)
-    jaxpr = jax.make_jaxpr(flat)(*(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves))
-    options = {"axes": tuple(jax.tree.leaves(axes)), "results": tuple(results)}
-    return split_p.bind(*leaves, jaxpr=jaxpr, function=flat, **options)
+    axes, results, flat = jax.tree.leaves(axes), list(results), functools.partial(_flat, function, tree)
+    given = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    jaxpr = jax.make_jaxpr(flat)(*given)
+    spread = jax.make_jaxpr(_partitioned(flat, jaxpr, axes, results))(*given)
+    return split_p.bind(*leaves, jaxpr=jaxpr, spread=spread, function=flat, axes=tuple(axes), results=tuple(results))
 
 
 def axes_of(shape: Sequence[int], whole: str, sizes: dict[str, int]) -> str:
@@ -47,13 +49,24 @@ def axes_of(shape: Sequence[int], whole: str, sizes: dict[str, int]) -> str:
     return "".join(letter if n == sizes.get(letter) else letter.upper() for letter, n in pairs)
 
 
+def struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An output of a Pallas kernel within `split`, which says over which axes of a mesh it varies."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
+
+
 @split_p.def_abstract_eval
-def _shapes(*avals, jaxpr, **_):
-    varies = frozenset().union(*(getattr(x, "vma", None) or () for x in avals))
-    return [x.update(vma=varies) if varies else x for x in jaxpr.out_avals]
+def _shapes(*avals, jaxpr, axes, results, **_):
+    kind = ManualAxisType(varying=frozenset().union(*(x.manual_axis_type.varying for x in avals)))
+    mesh = next((x.sharding.mesh for x in avals if not x.sharding.mesh.empty), None)
+    if mesh is None:
+        return jaxpr.out_avals
+    sizes = _sizes(axes, avals)
+    places = _places(mesh, zip(axes, avals, strict=True), sizes, results)
+    pairs = zip(jaxpr.out_avals, places, strict=True)
+    return [ShapedArray(x.shape, x.dtype, sharding=place, manual_axis_type=kind) for x, place in pairs]
 
 
-def _batch(arrays, batched, *, jaxpr, function, axes, results):
+def _batch(arrays, batched, *, function, axes, results, **_):
     """One more axis, that may be sharded as well."""
     letter = next(letter for letter in "vwxyz" if all(letter not in of for of in axes))
     arrays = [x if at is None else jnp.moveaxis(x, at, 0) for x, at in zip(arrays, batched, strict=True)]
@@ -63,13 +76,10 @@ def _batch(arrays, batched, *, jaxpr, function, axes, results):
     return found, [0] * len(found)
 
 
-def _lower(ctx, *operands, jaxpr, function, axes, results):
-    spread, avals = jaxpr_as_fun(jaxpr), jaxpr.in_avals
-    if _is_for_several(ctx.module_context.axis_context):
-        sizes = {letter: n for x, of in zip(avals, axes, strict=True) for letter, n in zip(of, x.shape, strict=True)}
-        spread = _partitioned(function, jaxpr.out_avals, axes, results, sizes)
-    ctx = ctx.replace(avals_in=avals, avals_out=jaxpr.out_avals)
-    return mlir.lower_fun(spread, multiple_results=True)(ctx, *operands)
+def _lower(ctx, *operands, jaxpr, spread, **_):
+    used = spread if _is_for_several(ctx.module_context.axis_context) else jaxpr
+    ctx = ctx.replace(avals_in=jaxpr.in_avals, avals_out=jaxpr.out_avals)
+    return mlir.lower_fun(jaxpr_as_fun(used), multiple_results=True)(ctx, *operands)
 
 
 def _is_for_several(context):
@@ -87,29 +97,38 @@ def _flat(function, tree, *leaves):
     return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
 
-def _partitioned(function, outs, axes, results, sizes):
-    """`function` as XLA partitions it."""
+def _partitioned(function, jaxpr, axes, results):
+    """`function`, whose jaxpr that is where nothing is sharded, as XLA partitions it."""
+    sizes = _sizes(axes, jaxpr.in_avals)
 
     @custom_partitioning
     def wrapped(*arrays):  # stands for it until its parts are known, and may hold no constants
-        return [jnp.zeros(x.shape, x.dtype) for x in outs]
+        return [jnp.zeros(x.shape, x.dtype) for x in jaxpr.out_avals]
 
     def partition(mesh, arrays, outs):
-        found: dict[str, tuple[str, ...]] = {}
-        for x, of in zip((*outs, *arrays), (*results, *axes), strict=True):
-            for letter, over in zip(of.replace("h", "k"), _spec(x), strict=False):
-                taken = {name for names in found.values() for name in names} & set(over)
-                even = letter.islower() and sizes[letter] % math.prod(mesh.shape[name] for name in over) == 0
-                if over and even and not taken and letter not in found:
-                    found[letter] = over
-        places = [
-            NamedSharding(mesh, PartitionSpec(*(found.get(letter) for letter in of.replace("h", "k"))))
-            for of in (*results, *axes)
-        ]
+        known = zip((*results, *axes), (*outs, *arrays), strict=True)
+        places = _places(mesh, known, sizes, (*results, *axes))
         return mesh, function, places[: len(results)], tuple(places[len(results) :])
 
     wrapped.def_partition(partition=partition, **_rule(axes, results, sizes))
     return wrapped
+
+
+def _sizes(axes, arrays):
+    return {letter: n for of, x in zip(axes, arrays, strict=True) for letter, n in zip(of, x.shape, strict=True)}
+
+
+def _places(mesh, known, sizes, wanted):
+    """Shardings of arrays with axes `wanted`, from pairs of axes and arrays: the first sharding of an axis holds."""
+    heads = "h" if sizes.get("k") == 1 else "k"  # one key head serves query heads on any device
+    found: dict[str, tuple[str, ...]] = {}
+    for of, x in known:
+        for letter, over in zip(of.replace("h", heads), _spec(x), strict=False):
+            taken = {name for names in found.values() for name in names} & set(over)
+            even = letter.islower() and sizes[letter] % math.prod(mesh.shape[name] for name in over) == 0
+            if over and even and not taken and letter not in found:
+                found[letter] = over
+    return [NamedSharding(mesh, PartitionSpec(*map(found.get, of.replace("h", heads)))) for of in wanted]
 
 
 def _spec(x):
@@ -120,19 +139,16 @@ def _spec(x):
 
 def _rule(axes, results, sizes):
     """Shardy's. Each capital is an axis of its own, since one letter may stand for several lengths."""
-    whole = []
+    whole, groups = [], sizes.get("h", 0) // max(1, sizes.get("k", 1))
 
     def factor(letter):
-        if letter == "h":
-            return "(k g)" if sizes["h"] != sizes["k"] else "k"
+        if letter == "h" and sizes["k"] > 1 and groups > 1:
+            whole.extend([] if "g" in whole else ["g"])  # in the order of their first places, as Shardy wants them
+            return "(k g)"
         if letter.islower():
-            return letter
+            return letter if letter != "h" or sizes["k"] == 1 else "k"
         whole.append(f"whole{len(whole)}")
         return whole[-1]
 
-    sides = [", ".join(" ".join(map(factor, of)) for of in side) for side in (axes, results)]
-    rule: dict[str, Any] = {"sharding_rule": " -> ".join(sides)}
-    if "(k g)" in rule["sharding_rule"]:
-        rule["g"] = sizes["h"] // sizes["k"]
-        whole.append("g")
-    return rule | {"need_replication_factors": tuple(whole)}
+    rule = " -> ".join(", ".join(" ".join(map(factor, of)) for of in side) for side in (axes, results))
+    return {"sharding_rule": rule, "need_replication_factors": tuple(whole)} | ({"g": groups} if "g" in whole else {})
