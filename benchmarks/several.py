@@ -1,0 +1,167 @@
+"""A decode step of JAX on one GPU and on several, the key heads of its caches split over them.
+
+    python3 benchmarks/several.py               to benchmarks/results/<device>/several.json
+    python3 benchmarks/several.py --dry-run     tiny sizes on two CPU devices, to --out only
+
+A step appends a token to each of LAYERS caches and attends over it: B8 K8 G4 D128, 4/4 bits. The step is one compiled
+function whose caches are donated, by automatic partitioning and by `shard_map`. Before a time is taken: scores and
+codes have the bits of one device, attention is within LIMIT of it, and the compiled step has no collective.
+
+Exit status: 0, or 1 where something differs, or 2 where there are not two GPUs.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import bench
+import numpy as np
+
+BATCH, KV_HEADS, GROUP, HEAD_DIM = 8, 8, 4, 128
+LAYERS, POSITIONS, ROOM, CHUNK = 4, 32768, 512, 4096
+SAMPLES, STEPS = 9, 20
+LIMIT = 1e-3  # of the relative difference between one device and several
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for the results; None: benchmarks/results/<device>")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; nothing goes to the results")
+    arguments = parser.parse_args()
+    bench.prepare_environment(arguments.dry_run)
+    if arguments.dry_run:
+        os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+
+    # These read the environment when they are imported.
+    import jax
+    import torch
+
+    dry, devices = arguments.dry_run, jax.devices()
+    if len(devices) < 2 or not (dry or jax.default_backend() == "gpu"):
+        print("several.py needs two GPUs; --dry-run needs two CPU devices.", file=sys.stderr)
+        return 2
+    report = bench.describe(torch.device("cpu" if dry else "cuda"), dry, __doc__.split("\n\n")[2])
+    report |= {"op": "several", "devices": [str(device) for device in devices[:2]]}
+    rows = run(devices[:2], *((2, 64) if dry else (BATCH, POSITIONS)))
+    for row in rows:
+        print(row)
+    wrong = [row for row in rows if not row["right"]]
+    for row in wrong:
+        print(f"red: {row}", file=sys.stderr)
+    if not wrong:
+        bench.write(report | {"rows": rows}, (arguments.out or bench.results_folder(report)) / "several.json")
+    return 1 if wrong else 0
+
+
+def run(devices, batch, size) -> list[dict]:
+    import jax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    caches, tokens, query = inputs(batch, size)
+    q, k_codes, k_norms = query, caches[0].keys.codes, caches[0].keys.norms
+    mesh = jax.make_mesh((len(devices),), ("heads",), axis_types=(AxisType.Auto,), devices=devices)
+    specs = jax.tree.map(lambda x: P(None, "heads") if x.ndim > 2 else P(), (caches, tokens, query))
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    ways = {
+        "one device": (jax.jit(step, donate_argnums=0), None),
+        "automatic": (jax.jit(step, donate_argnums=0), places),
+        "shard_map": (
+            jax.jit(
+                jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(specs[0], P(None, "heads"))), donate_argnums=0
+            ),
+            places,
+        ),
+    }
+    one_scores = scores(q, k_codes, k_norms)
+    spread = scores(*jax.device_put((q, k_codes, k_norms), NamedSharding(mesh, P(None, "heads"))))
+    same_scores = bool((np.asarray(one_scores).view(np.int32) == np.asarray(spread).view(np.int32)).all())
+    rows, codes, expected = [], None, None
+    for name, (function, where) in ways.items():
+        given = jax.tree.map(jax.numpy.copy, (caches, tokens, query))
+        given = given if where is None else jax.device_put(given, where)
+        compiled = function.lower(*given).compile()
+        text = compiled.as_text()
+        found = sorted({one for one in COLLECTIVES if one in text})
+        held, out = compiled(*given)
+        out, after = np.asarray(out), np.asarray(held[-1].keys.codes[..., size, :])
+        expected, codes = (out, after) if expected is None else (expected, codes)
+        error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+        right = same_scores and not found and error <= LIMIT and bool((after == codes).all())
+        us = timed(compiled, held, given[1:], size)
+        rows.append({"op": "decode", "way": name, "devices": 1 if where is None else len(devices), "S": size})
+        rows[-1] |= {"us": us, "error": error, "collectives": found, "same_scores": same_scores, "right": right}
+        rows[-1]["vs_one"] = round(rows[0]["us"] / us, 3)
+        del held, given
+    return rows
+
+
+def inputs(batch, size):
+    import jax
+    import jax.numpy as jnp
+
+    import tqjax
+
+    draws = iter(jax.random.split(jax.random.key(0), 1000))
+
+    def new(heads, length):
+        return jax.random.normal(next(draws), (batch, heads, length, HEAD_DIM), jnp.bfloat16)
+
+    fill = jax.jit(tqjax.KVCache.append, donate_argnums=0)
+    caches = []
+    for _ in range(LAYERS):
+        cache = tqjax.KVCache.zeros(batch, KV_HEADS, size + ROOM, tqjax.Quantizer(HEAD_DIM), dtype="bfloat16")
+        for start in range(0, size, CHUNK):
+            length = min(CHUNK, size - start)
+            cache = fill(cache, new(KV_HEADS, length), new(KV_HEADS, length))
+        caches.append(cache)
+    tokens = [(new(KV_HEADS, 1), new(KV_HEADS, 1)) for _ in range(LAYERS)]
+    return caches, tokens, new(KV_HEADS * GROUP, 1)
+
+
+def step(caches, tokens, query):
+    done = []
+    for cache, (key, value) in zip(caches, tokens, strict=True):
+        cache = cache.append(key, value)
+        out = cache.attend(query)
+        done.append(cache)
+    return done, out.astype("float32")
+
+
+def scores(q, codes, norms):
+    import jax
+
+    import tqjax
+
+    table = tqjax.Quantizer(HEAD_DIM).codebook.centroids
+    heads = {"n_q_heads": KV_HEADS * GROUP, "n_kv_heads": KV_HEADS}
+    return jax.jit(functools.partial(tqjax.fused_qk_scores, centroids=table, scale=HEAD_DIM**-0.5, **heads))(
+        q, packed_indices=codes, norms=norms
+    )
+
+
+def timed(compiled, held, rest, size) -> float:
+    """Microseconds a layer."""
+    import jax
+
+    crop = jax.jit(lambda caches: [cache.crop(size) for cache in caches], donate_argnums=0)
+    places = jax.tree.map(lambda x: x.sharding, held)
+    samples = []
+    for _ in range(SAMPLES):
+        held, out = compiled(jax.device_put(crop(held), places), *rest)
+        jax.block_until_ready((held, out))
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            held, out = compiled(held, *rest)
+        jax.block_until_ready((held, out))
+        samples.append((time.perf_counter() - start) / STEPS * 1e6 / LAYERS)
+    return round(statistics.median(samples), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
