@@ -12,6 +12,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import bench
@@ -49,16 +50,15 @@ def main() -> int:
     report = bench.describe(device, dry, timing.METHOD) | {"copy_gbps": round(copy, 1), "accuracy": [], "rows": []}
     report["not_run"] = []
     for bits in (4,) if arguments.quick or dry else (4, 3, 2):
-        for cases in (accuracy, encode_and_decode, append):
+        for cases in (accuracy, append, encode_and_decode):
             if time.perf_counter() - start > 60 * arguments.minutes:
                 report["not_run"].append(f"{cases.__name__}, {bits} bits")
                 continue
-            found = cases(bits, device, lead, dry)
-            for row in found:
+            for row in cases(bits, device, lead, dry):
                 if row.get("us"):
                     row["copy_share"] = round(row["bytes"] / copy / 1e3 / row["us"], 4)
                 print(row, flush=True)
-            report["accuracy" if cases is accuracy else "rows"] += found
+                report["accuracy" if cases is accuracy else "rows"].append(row)
     report["seconds"] = round(time.perf_counter() - start, 1)
     if arguments.out or not (arguments.quick or dry):
         bench.write(report, (arguments.out or bench.results_folder(report)) / "compress.json")
@@ -68,7 +68,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def accuracy(bits, device, lead, dry) -> list[dict]:
+def accuracy(bits, device, lead, dry) -> Iterator[dict]:
     """Flips per million coordinates and the norms' distance from the oracle, of 10^7 coordinates."""
     import jax.numpy as jnp
     import torch
@@ -78,7 +78,7 @@ def accuracy(bits, device, lead, dry) -> list[dict]:
     import tqjax
     from tqcore.packing import unpack
 
-    rows, x = [], np.random.default_rng(bits).standard_normal((1, 64 if dry else CHECKED, 128)).astype(np.float32)
+    x = np.random.default_rng(bits).standard_normal((1, 64 if dry else CHECKED, 128)).astype(np.float32)
     for norm, dtype in (("plain", "float32"), ("corrected", "bfloat16")):
         quantizer = tqcore.Quantizer(128, bits, norm=norm)
         given = torch.from_numpy(x).to(device).to(getattr(torch, dtype))
@@ -96,12 +96,11 @@ def accuracy(bits, device, lead, dry) -> list[dict]:
             ulps = np.abs(norms[same].view(np.int32).astype(np.int64) - expected.norms[same].view(np.int32)).max()
             flips = float(np.count_nonzero(steps) / steps.size * 1e6)
             right = bool(flips <= FLIPS_PER_MILLION and steps.max() <= 1 and ulps <= NORM_ULPS[norm])
-            rows.append(
+            yield (
                 {"op": "accuracy", "front": front, "implementation": name, "bits": bits, "norm": norm}
                 | {"dtype": dtype, "coordinates": steps.size, "flips_per_million": round(flips, 4)}
                 | {"largest_step": int(steps.max()), "norm_ulps": int(ulps), "right": right}
             )
-    return rows
 
 
 def encode_and_decode(bits, device, lead, dry) -> list[dict]:

@@ -93,7 +93,7 @@ def run(devices, batch, size) -> list[dict]:
         expected, codes = (out, after) if expected is None else (expected, codes)
         error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
         right = same_scores and not found and error <= LIMIT and bool((after == codes).all())
-        us = timed(compiled, held, given[1:], size)
+        us = timed(function, held, given[1:], size)
         rows.append({"op": "decode", "way": name, "devices": 1 if where is None else len(devices), "S": size})
         rows[-1] |= {"us": us, "error": error, "collectives": found, "same_scores": same_scores, "right": right}
         rows[-1]["vs_one"] = round(rows[0]["us"] / us, 3)
@@ -145,19 +145,19 @@ def scores(q, codes, norms):
     )
 
 
-def timed(compiled, held, rest, size) -> float:
-    """Microseconds a layer."""
+def timed(function, held, rest, size) -> float:
+    """Microseconds a layer of a jitted step: a `Compiled` is called from Python, more slowly."""
     import jax
 
     crop = jax.jit(lambda caches: [cache.crop(size) for cache in caches], donate_argnums=0)
     places = jax.tree.map(lambda x: x.sharding, held)
     samples = []
     for _ in range(SAMPLES):
-        held, out = compiled(jax.device_put(crop(held), places), *rest)
+        held, out = function(jax.device_put(crop(held), places), *rest)
         jax.block_until_ready((held, out))
         start = time.perf_counter()
         for _ in range(STEPS):
-            held, out = compiled(held, *rest)
+            held, out = function(held, *rest)
         jax.block_until_ready((held, out))
         samples.append((time.perf_counter() - start) / STEPS * 1e6 / LAYERS)
     return round(statistics.median(samples), 2)

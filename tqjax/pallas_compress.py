@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT_BITS, QUERY_LIMIT
-from tqcore.kernels import FIND_MAGNITUDE, can_compress, centroid_words
+from tqcore.kernels import can_compress, centroid_words
 from tqcore.rotation import inverse_sqrt, matrix, signs
 from tqjax import partition
 
@@ -30,17 +30,18 @@ MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays by signed 32-bit offsets
 CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
 MAGIC = 8388608.0  # 2^23: the low bits of MAGIC + n are n
 SIGN_BIT = -(2**31)
-SIGN_BITS = (None, 0x11111111, 0x22222222, 0x44444444, 0x88888888 - 2**32)  # of eight nibbles, by the width of indices
 FEW_ROWS = 8192  # up to which they are spread over more lanes and programs
 DENSE_STEP = 32  # rows of the matrix that a step of a dense rotation takes
 
-# The centroid of a nibble of $1, by three bits of it; the fourth one is 0. The float32 of centroids end in two bytes of
-# zeros: $2 $3 are the first bytes of the eight, $4 $5 the second ones. A selector of `prmt` with its fourth bit set
-# repeats the sign of a byte, which is zero. (Pallas takes one result a call; ptxas merges what four calls share.)
+# The centroid of a nibble of $1, by three bits of it. The float32 of centroids end in two bytes of zeros: $2 $3 are
+# the first bytes of the eight, $4 $5 the second ones. A selector of `prmt` with its fourth bit set repeats the sign of
+# a byte, which is zero. (Pallas takes one result a call; ptxas merges what the eight calls share.)
 CENTROID = """{
-.reg .b32 first, second;
-prmt.b32 first, $2, $3, $1;
-prmt.b32 second, $4, $5, $1;
+.reg .b32 select, first, second;
+and.b32 select, $1, 0x77777777;
+shr.u32 select, select, %d;
+prmt.b32 first, $2, $3, select;
+prmt.b32 second, $4, $5, select;
 prmt.b32 $0, first, second, 0x%s;
 }"""
 PICKS = ("0488", "1599", "26AA", "37BB")
@@ -116,53 +117,63 @@ def _halve(x):
     return [x[i] + x[i + half] for i in range(half)]
 
 
-def _find(opposite, word, bounds, first, bits, ptx):
-    """word + the `bits` − 1 bits of the index of a magnitude, the lowest at bit `first`.
+def _search(opposite, r, boundaries):
+    """The bits of the index of a magnitude, the highest first, each 0.0 or 1.0.
 
     Args:
       opposite: −y. Where its sign is set, y is positive and counts as the next smaller magnitude, and a magnitude on a
         boundary is above it: so a coordinate on a boundary goes down on both sides of zero.
-      word: MAGIC + an integer.
-      bounds: the positive boundaries times the radius.
+      r: the radius.
+      boundaries: the positive ones.
     """
-    if bits == 1:
-        return word
-    if ptx:
-        weights = [jnp.full(word.shape, float(1 << (first + n)), jnp.float32) for n in range(bits - 1)]
-        constraints = "=&f,r,f" + ",f" * (bits - 1 + len(bounds))
-        return _assembly(FIND_MAGNITUDE[bits - 1], constraints, opposite, word, *weights, *bounds)
-    raw = _bits(opposite)
-    z = jnp.abs(_float(raw + (raw >> 31)))
-    return word + sum(jnp.where(z >= bound, 1.0, 0.0) for bound in bounds) * float(1 << first)
+    bits = _bits(opposite)
+    z = jnp.abs(_float(bits + (bits >> 31)))
+    b = boundaries
+    if len(b) == 0:
+        return []
+    if len(b) == 1:
+        return [_reaches(z, b[0] * r)]
+    if len(b) == 3:
+        m1 = _reaches(z, b[1] * r)
+        return [m1, _reaches(z, (m1 * (b[2] - b[0]) + b[0]) * r)]
+    m1 = _reaches(z, b[3] * r)
+    m2 = _reaches(z, (m1 * (b[5] - b[1]) + b[1]) * r)
+    lower = m1 * (b[4] - b[0]) + b[0]
+    steps = b[2] - b[0]
+    step = m1 * (b[6] - b[4] - steps) + steps
+    return [m1, m2, _reaches(z, (m2 * step + lower) * r)]
 
 
-def _table_words(table, row):
-    """table + 0 · row: else ptxas keeps them in uniform registers, unfit for `prmt`."""
-    return [part + (row >> 31)[:, None] for part in table]
+def _place(found, word, first):
+    """word + the bits found, the last of them at bit `first`."""
+    for n, bit in enumerate(reversed(found)):
+        word = bit * float(1 << (first + n)) + word
+    return word
 
 
-def _centroids(low, high, table, ptx):
-    """The positive centroids of four nibbles of `low`, from the lowest on, then of `high`; no nibble is above 7."""
+def _reaches(a, b):
+    return jnp.where(a >= b, 1.0, 0.0)
+
+
+def _centroids(word, table, ptx):
+    """The positive centroid of each nibble of a word, the lowest first, by three bits of it."""
     found = []
     for i in range(8):
-        word = high if i > 3 else low
         if ptx:
-            arguments = [word, *(jnp.broadcast_to(part, word.shape) for part in table)]
-            found.append(_assembly(CENTROID % PICKS[i % 4], "=f,r,r,r,r,r", *arguments))
+            arguments = [word, *(jnp.full(word.shape, part, jnp.int32) for part in table)]
+            found.append(_assembly(CENTROID % (16 * (i // 4), PICKS[i % 4]), "=f,r,r,r,r,r", *arguments))
         else:
-            index = (word >> (4 * (i % 4))) & 7
+            index = (word >> (4 * i)) & 7
             first = (jnp.where(index < 4, table[0], table[1]) >> (index % 4 * 8)) & 255
             second = (jnp.where(index < 4, table[2], table[3]) >> (index % 4 * 8)) & 255
             found.append(_float((first << 24) | (second << 16)))
     return found
 
 
-def _flips(positive, bits):
-    """What takes nibbles of magnitudes to indices, and indices to magnitudes and back, by exclusive or.
-
-    A magnitude's bits are reversed where bit `bits` − 1 of its nibble is not set in `positive`, else that bit is added.
-    """
-    return lax.shift_right_logical(positive, bits - 1) + (2 ** (bits - 1) - 1) * 0x11111111
+def _indices(word, bits):
+    """Nibbles of sign and magnitude as indices: a magnitude's bits are reversed where the sign is not set."""
+    negative = (~word >> (bits - 1)) & 0x11111111
+    return word ^ (negative * (2 ** (bits - 1) - 1))
 
 
 def _two_bits(word):
@@ -248,9 +259,6 @@ def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, b
     dense = constants["DENSE"]
     y = _dense(load, rotation_ref, inverse, constants) if dense else _rotate(scaled, rotation_ref, within)
     radius = jnp.where(usable, length, 1.0)[:, None]
-    bounds = [jnp.broadcast_to(b * radius, (R, L)) for b in boundaries]
-    has_sign = jnp.where(usable, SIGN_BITS[bits], 0)[:, None]
-    table = _table_words(constants["TABLE"], row)
     products = []
     for j in range(J):
         high = low = jnp.full((R, L), MAGIC, jnp.float32)
@@ -258,20 +266,21 @@ def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, b
         magnitudes = []
         for i in range(8):  # from the highest nibble on
             opposite = _opposite(y[8 * j + (7 - i ^ 1)], constants["FACTOR"], ptx)
+            found = _search(opposite, radius, boundaries)
             if i < 4:
-                high = _find(opposite, high, bounds, 12 - 4 * i, bits, ptx)
+                high = _place(found, high, 12 - 4 * i)
             else:
-                low = _find(opposite, low, bounds, 28 - 4 * i, bits, ptx)
-            sign = (sign << 4) | lax.shift_right_logical(_bits(opposite), 28)
+                low = _place(found, low, 28 - 4 * i)
+            sign = (sign << 4) | ((_bits(opposite) >> 28) & 15)
             magnitudes.append(jnp.abs(opposite))
-        low, high = _bits(low), _bits(high)
-        positive = lax.shift_right_logical(sign, 4 - bits) & has_sign
-        index = ((low & 0xFFFF) | (high << 16)) ^ _flips(positive, bits)
+        word = (_bits(low) & 0xFFFF) | (_bits(high) << 16)
+        positive = (sign >> 3 & 0x11111111) << (bits - 1)
+        index = _indices(jnp.where(usable[:, None], word | positive, 0), bits)
         group = (j * L + jnp.arange(L))[None, :]
         _store_codes(codes_ref, row, group, index, live[:, None] & (group < D // 8), D, bits)
         if corrected:
-            found = _centroids(low, high, table, ptx)
-            products += [_multiply(magnitudes[7 - i ^ 1], found[i ^ 1], ptx) for i in range(8)]
+            centroids = _centroids(word, constants["TABLE"], ptx)
+            products += [_multiply(magnitudes[7 - i ^ 1], centroids[i ^ 1], ptx) for i in range(8)]
     norm = length
     if corrected:
         along = jnp.where(usable, _tree_sum(products), 1.0)
@@ -372,7 +381,7 @@ def _constants(quantizer, rows):
     """What both kernels are compiled for."""
     bits, dense = quantizer.code_bits, quantizer.rotation != "hadamard"
     padded = tuning.next_power_of_two(quantizer.head_dim)
-    lanes = min(8 if rows < FEW_ROWS else max(2, padded // 64), padded // 8)
+    lanes = min(8 if rows < FEW_ROWS else 4, padded // 8)
     return {
         "D": quantizer.head_dim,
         "BITS": bits,
@@ -416,15 +425,15 @@ def _decompress_kernel(codes_ref, norms_ref, rotation_ref, out_ref, *, constants
     row = pl.program_id(0) * R + jnp.arange(R)
     live = row < norms_ref.shape[0]
     norm = plgpu.load(norms_ref.at[row], mask=live, other=0.0)[:, None, None]
-    x, table = [], _table_words(constants["TABLE"], row)
+    x = []
     for j in range(J):
         group = (j * L + jnp.arange(L))[None, :]
         index = _load_codes(codes_ref, row, group, live[:, None] & (group < D // 8), D, bits)
-        word = index ^ _flips(index & SIGN_BITS[bits], bits)
-        found = _centroids(word, word >> 16, table, ptx)
+        word = _indices(index, bits)  # its own inverse
+        centroids = _centroids(word & (0x11111111 * (2 ** (bits - 1) - 1)), constants["TABLE"], ptx)
         for i in range(8):
-            negative = (~index << (31 - 4 * (i ^ 1) - (bits - 1))) & SIGN_BIT
-            x.append(_float(_bits(found[i ^ 1]) ^ negative))
+            negative = (~word << (31 - 4 * (i ^ 1) - (bits - 1))) & SIGN_BIT
+            x.append(_float(_bits(centroids[i ^ 1]) ^ negative))
     if not rotated:
         x = _dense_back(x, rotation_ref, constants) if dense else _hadamard(x)
     within = jnp.arange(L)[None, :, None] * 8 + jnp.arange(8)[None, None, :]
