@@ -78,7 +78,7 @@ def accuracy(bits, device, lead, dry) -> Iterator[dict]:
     import tqjax
     from tqcore.packing import unpack
 
-    x = np.random.default_rng(bits).standard_normal((1, 64 if dry else CHECKED, 128)).astype(np.float32)
+    x = np.random.default_rng(bits).standard_normal((1, 8 if dry else CHECKED, 128)).astype(np.float32)
     for norm, dtype in (("plain", "float32"), ("corrected", "bfloat16")):
         quantizer = tqcore.Quantizer(128, bits, norm=norm)
         given = torch.from_numpy(x).to(device).to(getattr(torch, dtype))
@@ -111,7 +111,7 @@ def encode_and_decode(bits, device, lead, dry) -> list[dict]:
     import tq_torch
     import tqcore
 
-    case = LARGE | ({"B": 1, "K": 2, "S": 32} if dry else {})
+    case = LARGE | ({"B": 1, "K": 1, "S": 8} if dry else {})
     quantizer = tqcore.Quantizer(128, bits)
     sets = [torch.randn(case["B"], case["K"], case["S"], 128, device=device).bfloat16() for _ in range(2)]
     packed = [tq_torch.compress(x, quantizer) for x in sets]
@@ -128,7 +128,7 @@ def encode_and_decode(bits, device, lead, dry) -> list[dict]:
             call = functools.partial(_jax_call, op, quantizer, name)
             groups = [tuple(map(to_jax, given)) for given in functions["torch", "triton"][1]]
             functions["jax", name] = call, groups
-        rows += _timed(op, functions, case, bits, bytes_, lead)
+        rows += _timed(op, functions, case, bits, bytes_, lead, dry)
     return rows
 
 
@@ -178,7 +178,7 @@ def append(bits, device, lead, dry) -> list[dict]:
     functions: dict = {("torch", name): (functools.partial(both, name), groups) for name in ("triton", "eager")}
     for name in () if dry else ("triton", "xla"):
         functions["jax", name] = _JaxAppends(name, quantizer, codes, norms, x, starts), None
-    return _timed("append", functions, case, bits, bytes_, lead)
+    return _timed("append", functions, case, bits, bytes_, lead, dry)
 
 
 class _JaxAppends:
@@ -241,7 +241,7 @@ class _JaxCalls:
         self.results = []
 
 
-def _timed(op, functions, case, bits, bytes_, lead) -> list[dict]:
+def _timed(op, functions, case, bits, bytes_, lead, dry) -> list[dict]:
     import timing
 
     bursts = {}
@@ -250,7 +250,7 @@ def _timed(op, functions, case, bits, bytes_, lead) -> list[dict]:
             bursts[front, name] = timing.TorchBursts(function, [sets], capture=name != "eager")
         else:
             bursts[front, name] = function if sets is None else _JaxCalls(function, [sets])
-    spreads = timing.measure(bursts, lead, 0, lambda share: None, REPEATS)
+    spreads = timing.measure(bursts, lead, 0, lambda share: None, 2 if dry else REPEATS)
     return [
         {"op": op, "front": front, "implementation": name, **case, "bits": bits, "bytes": bytes_}
         | {key: round(getattr(spread, key), 3) for key in ("us", "us_low", "us_high")}

@@ -11,6 +11,7 @@ STYLES = plot.STYLES | {
     ("torch", "dense"): ("torch, decompressed", "#c9a227", "v", "-"),
     ("jax", "dense"): ("JAX, decompressed", "#e0c66e", "v", "--"),
 }
+CASES_A_LINE = 8
 BASELINES = {"torch": "sdpa", "jax": "cudnn"}
 
 
@@ -34,25 +35,35 @@ def draw_cases(report: dict, path: Path) -> Path | None:
     }
     if not best or not names:
         return None
-    figure, axes = plt.subplots(figsize=(max(12, 1.6 * len(cases)), 6.2))
+    lines = -(-len(cases) // CASES_A_LINE)
+    figure, grid = plt.subplots(lines, figsize=(16, 1.2 + 4.4 * lines), squeeze=False, sharey=True)
+    for line, axes in enumerate(grid[:, 0]):
+        labels = list(cases)[line * CASES_A_LINE :][:CASES_A_LINE]
+        _draw_line(axes, labels, cases, names, best)
+    first, last = grid[0, 0], grid[-1, 0]
+    for name in names:
+        first.bar(0, 0, color=STYLES[name][1], label=STYLES[name][0])
+    first.set_title("Attention over packed keys and values; on the bars: µs a call")
+    first.legend(loc="upper left", fontsize=11, ncols=3)
+    last.set_ylim(0, last.get_ylim()[1] * 1.3)
+    return plot.finish(figure, report, path)
+
+
+def _draw_line(axes, labels, cases, names, best):
+    """Some of the cases, side by side."""
     width = 0.84 / len(names)
     for i, name in enumerate(names):
-        for x, (case, found) in enumerate(cases.items()):
-            if name in found and (case, name[0]) in best:
-                share = found[name] / best[case, name[0]]
+        for x, case in enumerate(labels):
+            if name in cases[case] and (case, name[0]) in best:
+                share = cases[case][name] / best[case, name[0]]
                 at = x + (i - (len(names) - 1) / 2) * width
                 axes.bar(at, share, 0.94 * width, color=STYLES[name][1])
-                axes.text(at, share + 0.01, plot.number(found[name]), ha="center", va="bottom", fontsize=8)
-    for name in names:
-        axes.bar(0, 0, color=STYLES[name][1], label=STYLES[name][0])
+                axes.text(at, share + 0.01, plot.number(cases[case][name]), ha="center", va="bottom", fontsize=9)
     axes.axhline(1, color="#c8553d", lw=2, label="bfloat16: torch's best of flash and cuDNN / JAX's cuDNN", zorder=1.5)
-    axes.set_xticks(range(len(cases)), list(cases), fontsize=9)
+    axes.set_xticks(range(len(labels)), labels, fontsize=10)
+    axes.set_xlim(-0.6, max(CASES_A_LINE, len(labels)) - 0.4 if len(cases) > CASES_A_LINE else len(labels) - 0.4)
     axes.set_ylabel("time over bfloat16; lower is better")
-    axes.set_title("Attention over packed keys and values; on the bars: µs a call")
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper left", fontsize=11, ncols=3)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)
-    return plot.finish(figure, report, path)
 
 
 def draw_decode(report: dict, path: Path) -> Path:

@@ -53,6 +53,14 @@ def test_dry_run(report):
     assert all("NotImplementedError" in one["reason"] for one in report["not_run"])
 
 
+@pytest.mark.parametrize(("name", "rows"), [("several", 3)])
+def test_dry_runs_of_others(tmp_path, name, rows):
+    command = [sys.executable, ROOT / f"benchmarks/{name}.py", "--dry-run", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert len(found["rows"] + found.get("accuracy", [])) == rows and all(row["us"] > 0 for row in found["rows"])
+
+
 @pytest.fixture(scope="module")
 def checked():
     sets = inputs.InputSets(CASE, CENTROIDS, torch.device("cpu"), seed=0)
