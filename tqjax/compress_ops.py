@@ -51,7 +51,7 @@ def compress(
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
       implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
-        Triton), both for head_dim 8 to 256; or None: on CUDA triton, else pallas_triton, where they can, else xla.
+        Triton), both for head_dim 8 to 256; or None: triton where it can on CUDA, else xla.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -118,7 +118,7 @@ def decompress(
       dtype: float32, bfloat16 or float16.
       rotated: leaves R x̂, all of it, in place of x̂.
       implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
-        Triton), both for head_dim 8 to 256; or None: on CUDA triton, else pallas_triton, where they can, else xla.
+        Triton), both for head_dim 8 to 256; or None: triton where it can on CUDA, else xla.
 
     Returns:
       [..., S, D] of `dtype`.
@@ -183,7 +183,7 @@ def _call(implementation, operation, options, dtype, *arrays):
     rows = given["norms"].shape if operation == "decompress" else given["x"].shape[:-1]
     vectors = jax.ShapeDtypeStruct((*rows, quantizer.head_dim), jnp.dtype(dtype))
     kernels, plain = _kernels(operation, quantizer, vectors), bound(XLA[operation])
-    name = implementation or next(iter(kernels), "xla")
+    name = implementation or ("triton" if "triton" in kernels else "xla")
     if name == "xla" or any(0 in x.shape for x in arrays if x is not None):
         return plain(*arrays)
     if name not in kernels:
