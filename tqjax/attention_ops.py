@@ -157,9 +157,7 @@ def _kernel_attention(query, keys, values, kv_lengths, page_table, sinks, option
         center = None if packed.center is None else partition.axes_of(packed.center.shape, f"{first}kSD", sizes)
         return dataclasses.replace(packed, codes=f"{first}kSP", norms=f"{first}kS", center=center)
 
-    def attend(*arrays):
-        return _attention_here(*arrays, options, name, by_platform)
-
+    attend = functools.partial(_attention_here, options=options, name=name, by_platform=by_platform)
     optional = None if page_table is None else "bM", None if sinks is None else "h"
     arrays = query, keys, values, kv_lengths, page_table, sinks
     return tuple(partition.split(attend, ("bhTD", axes(keys), axes(values), "b", *optional), ("bhTD", "bhT"), arrays))

@@ -26,22 +26,6 @@ KERNELS = {
     "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
 FEW_VECTORS = 8192  # up to which they are spread over more lanes and programs
-# By BITS - 1: $0 = $2 + the bits of an index, each of its own weight from $3 on, the lowest first, by a binary search
-# among bounds: what `_find` of the encoders says in words. Predicates select bounds and add; the magnitude comes from a
-# register of integers, so that ptxas takes it for free.
-FIND_MAGNITUDE = tuple(
-    "{.reg .pred p1, p2, p3; .reg .b32 i; .reg .f32 z, t, u; "
-    "shr.s32 i, $1, 31; add.s32 i, i, $1; mov.b32 z, i; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
-    for text in (
-        "",
-        "setp.ge.f32 p1, z, $4; @p1 add.f32 $0, $0, $3;",
-        "setp.ge.f32 p1, z, $6; selp.f32 t, $7, $5, p1; setp.ge.f32 p2, z, t; "
-        "@p1 add.f32 $0, $0, $4; @p2 add.f32 $0, $0, $3;",
-        "setp.ge.f32 p1, z, $9; selp.f32 t, $11, $7, p1; setp.ge.f32 p2, z, t; "
-        "selp.f32 t, $10, $6, p1; selp.f32 u, $12, $8, p1; selp.f32 t, u, t, p2; setp.ge.f32 p3, z, t; "
-        "@p1 add.f32 $0, $0, $5; @p2 add.f32 $0, $0, $4; @p3 add.f32 $0, $0, $3;",
-    )
-)
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from tqcore import fixed_point
-from tqcore.kernels import FIND_MAGNITUDE
 
 CARRY, BIAS = (tl.constexpr(value) for value in fixed_point.exponent_bias(fixed_point.QUERY_LIMIT))
 ABS_MASK = tl.constexpr(fixed_point.ABS_MASK)
@@ -43,7 +42,24 @@ prmt.b32 $7, first, second, 0x37BB;
 }""")
 LOOKUP_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r")
 
-FIND = tl.constexpr(FIND_MAGNITUDE)
+# By BITS - 1: $0 = $2 + the bits of an index, each of its own weight from $3 on, the lowest first, by a binary search
+# among bounds. Predicates select bounds and add; the magnitude comes from a register of integers, so that ptxas takes
+# it for free.
+FIND = tl.constexpr(
+    tuple(
+        "{.reg .pred p1, p2, p3; .reg .b32 i; .reg .f32 z, t, u; "
+        "shr.s32 i, $1, 31; add.s32 i, i, $1; mov.b32 z, i; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
+        for text in (
+            "",
+            "setp.ge.f32 p1, z, $4; @p1 add.f32 $0, $0, $3;",
+            "setp.ge.f32 p1, z, $6; selp.f32 t, $7, $5, p1; setp.ge.f32 p2, z, t; "
+            "@p1 add.f32 $0, $0, $4; @p2 add.f32 $0, $0, $3;",
+            "setp.ge.f32 p1, z, $9; selp.f32 t, $11, $7, p1; setp.ge.f32 p2, z, t; "
+            "selp.f32 t, $10, $6, p1; selp.f32 u, $12, $8, p1; selp.f32 t, u, t, p2; setp.ge.f32 p3, z, t; "
+            "@p1 add.f32 $0, $0, $5; @p2 add.f32 $0, $0, $4; @p3 add.f32 $0, $0, $3;",
+        )
+    )
+)
 HALVES = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")  # of two bfloat16, as float32
 
 
