@@ -3,7 +3,7 @@
 import torch
 
 from tq_torch import eager, ops
-from tq_torch.triton_call import INTERPRETED, _can_run_gluon, _device_name
+from tq_torch.triton_call import INTERPRETED, PTX, _can_run_gluon, _device_name
 from tqcore import softmax, tuning
 from tqcore.kernels import attention_constants, load, merge_constants, stages
 
@@ -47,7 +47,7 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
         addresses = (x for codes in (k_codes, v_codes) for x in (codes.data_ptr(), *codes.stride()[:3]))
         constants["STAGES"] = stages(config, *addresses)
     else:
-        constants["PTX"] = not INTERPRETED and torch.version.hip is None
+        constants["PTX"] = PTX
     limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     load(name)[config.grid(rows, kv)](
         rotated.contiguous(), _signs(keys, query.device), k_codes, k_norms, words[0], v_codes, v_norms, words[1],

@@ -10,6 +10,7 @@ from tqcore.kernels import load, lookup, score_constants, stages
 from tqcore.packing import code_bits
 
 INTERPRETED = not isinstance(load("triton"), JITFunction)  # TRITON_INTERPRET=1 when it was imported
+PTX = not INTERPRETED and torch.version.hip is None  # whether kernels may hold NVIDIA's assembly
 
 
 def can_do(implementation: str, q: torch.Tensor, bits: int) -> bool:
@@ -52,7 +53,7 @@ def fused_qk_scores(
     if name == "gluon":
         constants["STAGES"] = stages(config, packed_dim, codes.data_ptr(), *codes.stride()[:3])
     else:
-        constants["PTX"] = not INTERPRETED and torch.version.hip is None
+        constants["PTX"] = PTX
     programs_s, _, programs_r = config.grid(rows, keys, kv)
     load(name)[programs_s * kv, programs_r](q, codes, norms, words, scale, out, *sizes, **constants, **options)
     return out

@@ -4,11 +4,9 @@ from functools import cache
 
 import torch
 
-from tq_torch.triton_call import INTERPRETED
+from tq_torch.triton_call import INTERPRETED, PTX
 from tqcore.kernels import can_compress, compress_launch, compress_table, load
 from tqcore.quantizer import Quantizer
-
-_PTX = not INTERPRETED and torch.version.hip is None
 
 
 def can_do(x: torch.Tensor, quantizer: Quantizer) -> bool:
@@ -41,7 +39,7 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer):
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
     name, constants, grid, num_warps = compress_launch(
-        quantizer, x.shape[:3], encode=True, aligned=_aligned(codes), ptx=_PTX
+        quantizer, x.shape[:3], encode=True, aligned=_aligned(codes), ptx=PTX
     )
     pages = 0 if page_table is None else page_table.shape[1]
     load(name)[grid](
@@ -59,11 +57,11 @@ def decompress(codes, norms, quantizer, dtype, rotated):
         codes, norms = codes.reshape(1, -1, *codes.shape[-2:]), norms.reshape(1, -1, norms.shape[-1])
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     name, constants, grid, num_warps = compress_launch(
-        quantizer, norms.shape, encode=False, aligned=_aligned(codes), ptx=_PTX
+        quantizer, norms.shape, encode=False, aligned=_aligned(codes), ptx=PTX
     )
     load(name)[grid](
-        codes, norms, None, _table(quantizer, codes.device), out, norms.numel(),
-        *codes.stride()[:3], *norms.stride(), 0, 0, 0, codes.shape[1], codes.shape[2],
+        codes, norms, _table(quantizer, codes.device), out, norms.numel(),
+        *codes.stride()[:3], *norms.stride(), codes.shape[1], codes.shape[2],
         **constants, ROTATED=rotated, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out

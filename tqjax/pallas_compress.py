@@ -5,7 +5,8 @@
 Reads D elements of a vector and writes its codes and norm, or the other way round. With a Hadamard rotation compression
 equals `tqcore.reference.compress` bit for bit. A vector lies in L lanes: coordinate d = 8·(L·j + lane) + k is number
 8·j + k of a list of [R, L] arrays, so that all butterflies but log2(L) and all packing stay within a thread. Its
-Triton twin is `tqcore/kernels/compress.py`.
+Triton twin is `tqcore/kernels/compress.py`, which finds an index by predicates and reads bfloat16 by halves, where this
+adds up zeros and ones.
 
 Source: docs/format.md, section 4; byte permutes: PTX ISA, `prmt`.
 """

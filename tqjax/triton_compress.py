@@ -91,8 +91,7 @@ def _decompress(codes, norms, *, quantizer, dtype, rotated, capability):
         quantizer, (1, vectors // size, size), encode=False, aligned=packed_dim % 4 == 0
     )
     constants |= _strides("codes", (1, vectors // size, size, packed_dim))
-    constants |= _strides("norms", (1, vectors // size, size, 1)) | {"center_ptr": None, "ROTATED": rotated}
-    constants |= {f"center_stride_{axis}": 0 for axis in "bks"}
+    constants |= _strides("norms", (1, vectors // size, size, 1)) | {"ROTATED": rotated}
     constants |= {"vectors": vectors, "K": vectors // size, "S": size}
     return triton_call.launch(
         load(name), [codes, norms, jnp.asarray(compress_table(quantizer))], [out], constants,

@@ -298,9 +298,9 @@ def places(vectors, K, T, V: tl.constexpr, TILED: tl.constexpr):
         k, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         return b, k, t.to(tl.int64), tl.full([V], 1, tl.int1)
     else:
-        v = tl.program_id(0) * V + tl.arange(0, V)
+        v = tl.program_id(0).to(tl.int64) * V + tl.arange(0, V)
         head = v // T
-        return (head // K).to(tl.int64), (head % K).to(tl.int64), (v % T).to(tl.int64), v < vectors
+        return head // K, head % K, v % T, v < vectors
 
 
 @triton.jit

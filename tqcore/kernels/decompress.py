@@ -62,7 +62,6 @@ def _from_one_bit(byte, FIRST: tl.constexpr, SECOND: tl.constexpr):
 def decompress_kernel(
     codes_ptr,  # [B, K, S, P] uint8, any strides along B, K and S
     norms_ptr,  # [B, K, S] float32, any strides
-    center_ptr,  # [B, K, S, D] float32, any strides along B, K and S; or None
     table_ptr,  # int32: tqcore.kernels.compress_table
     out_ptr,  # [B·K·S, D] float32 | bfloat16 | float16
     vectors,  # B·K·S
@@ -72,9 +71,6 @@ def decompress_kernel(
     norms_stride_b,
     norms_stride_k,
     norms_stride_s,
-    center_stride_b,
-    center_stride_k,
-    center_stride_s,
     K,
     S,
     D: tl.constexpr,
@@ -95,8 +91,6 @@ def decompress_kernel(
     code_row_ptr = (codes_ptr + b * codes_stride_b + k * codes_stride_k + s * codes_stride_s)[:, None]
     norm_ptr = norms_ptr + b * norms_stride_b + k * norms_stride_k + s * norms_stride_s
     norm = tl.load(norm_ptr, mask=live, other=0.0)[:, None]
-    if center_ptr is not None:
-        center_row_ptr = center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s
     lane, table = tl.arange(0, L), table_words(CENTROIDS, s)
     x = ()
     for j in tl.static_range(J):
@@ -128,6 +122,4 @@ def decompress_kernel(
         if not ROTATED:
             part = part * SCALE * floats(tl.load(table_ptr + ROTATION + d))
         part = part * norm[:, :, None]
-        if center_ptr is not None:
-            part += tl.load(center_row_ptr[:, None, None] + d, mask=live[:, None, None], other=0.0)
         tl.store(out_row_ptr + d, part.to(out_ptr.dtype.element_ty), mask=live[:, None, None])

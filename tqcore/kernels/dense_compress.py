@@ -9,10 +9,10 @@ Source: docs/format.md, section 4.
 import triton
 import triton.language as tl
 
-from tqcore.kernels.compress import ABS_MASK, exponent, floats, power_of_two, slots
+from tqcore.kernels.compress import ABS_MASK, ROTATION, exponent, floats, places, power_of_two, slots
 
 CHUNK = tl.constexpr(16)  # coordinates that a step of a dense product takes
-WORDS, CENTROIDS, ROTATION = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)  # where they start in the table
+WORDS, CENTROIDS = tl.constexpr(8), tl.constexpr(16)  # where they start in the table
 
 
 @triton.jit
@@ -151,9 +151,7 @@ def dense_compress_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    live = v < vectors
-    b, k, t = v // (K * T), v // T % K, v % T
+    b, k, t, live = places(vectors, K, T, BLOCK_V, False)
     row, position, inside = slots(b, k, t, live, starts_ptr, pages_ptr, S, N, M)
     x_row_ptr = (x_ptr + b * x_stride_b + k * x_stride_k + t * x_stride_t)[:, None]
     center_row_ptr = None
@@ -197,7 +195,6 @@ def _store_row(row_ptr, codes, live, COUNT: tl.constexpr, N: tl.constexpr):
 def dense_decompress_kernel(
     codes_ptr,  # [B, K, S, P] uint8, any strides along B, K and S
     norms_ptr,  # [B, K, S] float32, any strides
-    center_ptr,  # [B, K, S, D] float32, any strides along B, K and S; or None
     table_ptr,  # int32: tqcore.kernels.compress_table
     out_ptr,  # [B·K·S, D] float32 | bfloat16 | float16
     vectors,  # B·K·S
@@ -207,9 +204,6 @@ def dense_decompress_kernel(
     norms_stride_b,
     norms_stride_k,
     norms_stride_s,
-    center_stride_b,
-    center_stride_k,
-    center_stride_s,
     K,
     S,
     D: tl.constexpr,
@@ -218,20 +212,17 @@ def dense_decompress_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    v = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    live = v < vectors
-    b, k, s = v // (K * S), v // S % K, v % S
+    b, k, s, live = places(vectors, K, S, BLOCK_V, False)
     code_row_ptr = (codes_ptr + b * codes_stride_b + k * codes_stride_k + s * codes_stride_s)[:, None]
     norm = tl.load(norms_ptr + b * norms_stride_b + k * norms_stride_k + s * norms_stride_s, mask=live, other=0.0)
-    center_row_ptr = None
-    if center_ptr is not None:
-        center_row_ptr = (center_ptr + b * center_stride_b + k * center_stride_k + s * center_stride_s)[:, None]
     d = tl.arange(0, BLOCK_D)
     if ROTATED:
         x = floats(tl.load(table_ptr + CENTROIDS + _indices(code_row_ptr, d, live, D, BITS)))
     else:
         x = _unrotated(code_row_ptr, live, table_ptr, D, BITS, BLOCK_D, BLOCK_V)
-    _store_vectors(out_ptr, x * norm[:, None], center_row_ptr, v, d, live, D)
+    out_row_ptr = (out_ptr + ((b * K + k) * S + s) * D)[:, None]
+    inside = live[:, None] & (d[None, :] < D)
+    tl.store(out_row_ptr + d[None, :], (x * norm[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -261,12 +252,3 @@ def _unrotated(code_row_ptr, live, table_ptr, D: tl.constexpr, BITS: tl.constexp
         r = floats(tl.load(table_ptr + ROTATION + d[:, None] * D + i[None, :], mask=inside, other=0))
         x += tl.dot(c, r, input_precision="ieee")
     return x
-
-
-@triton.jit
-def _store_vectors(out_ptr, x, center_row_ptr, v, d, live, D: tl.constexpr):
-    """Coordinates d of each vector, with the center added."""
-    inside = live[:, None] & (d[None, :] < D)
-    if center_row_ptr is not None:
-        x += tl.load(center_row_ptr + d[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + v[:, None] * D + d[None, :], x.to(out_ptr.dtype.element_ty), mask=inside)
