@@ -195,15 +195,7 @@ def jax_steps(size, batch, device) -> list[dict]:
 
     tokens = [(new(batch, KV_HEADS, 1, HEAD_DIM), new(batch, KV_HEADS, 1, HEAD_DIM)) for _ in range(STEP_LAYERS)]
     query = new(batch, KV_HEADS * GROUP, 1, HEAD_DIM)
-    make = functools.partial(tqjax.KVCache.zeros, batch, KV_HEADS, size + ROOM, tqjax.Quantizer(HEAD_DIM))
-    fill = jax.jit(tqjax.KVCache.append, donate_argnums=0)
-    caches = []
-    for _ in range(STEP_LAYERS):
-        cache = make(dtype="bfloat16")
-        for start in range(0, size, CHUNK):
-            shape = batch, KV_HEADS, min(CHUNK, size - start), HEAD_DIM
-            cache = fill(cache, new(*shape), new(*shape))
-        caches.append(cache)
+    caches = jax_caches(size, batch, new)
     held = [jax.jit(tqjax.KVCache.dense)(cache) for cache in caches]
     dense_caches = [tuple(jnp.swapaxes(x[:, :, : size + 1], 1, 2) for x in pair) for pair in held]  # [B, S, K, D]
     del held
@@ -239,13 +231,31 @@ def jax_steps(size, batch, device) -> list[dict]:
     dense_caches, outs = dense(dense_caches)
     expected = jnp.float32(jnp.swapaxes(outs[-1], 1, 2))
     error = float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
-    rows = [{"implementation": "4/4", "us": _jax_time(packed, caches, reset), "error": error}]
+    rows = [{"implementation": "4/4", "us": jax_time(packed, caches, reset), "error": error}]
     del caches
-    rows.append({"implementation": "bfloat16 cudnn", "us": _jax_time(dense, dense_caches, lambda held: held)})
+    rows.append({"implementation": "bfloat16 cudnn", "us": jax_time(dense, dense_caches, lambda held: held)})
     return _compared(rows)
 
 
-def _jax_time(step, held, reset) -> float:
+def jax_caches(size, batch, new) -> list:
+    """Of STEP_LAYERS layers, with `size` positions and room for more; `new` draws an array of a shape."""
+    import jax
+
+    import tqjax
+
+    fill = jax.jit(tqjax.KVCache.append, donate_argnums=0)
+    caches = []
+    for _ in range(STEP_LAYERS):
+        cache = tqjax.KVCache.zeros(batch, KV_HEADS, size + ROOM, tqjax.Quantizer(HEAD_DIM), dtype="bfloat16")
+        for start in range(0, size, CHUNK):
+            shape = batch, KV_HEADS, min(CHUNK, size - start), HEAD_DIM
+            cache = fill(cache, new(*shape), new(*shape))
+        caches.append(cache)
+    return caches
+
+
+def jax_time(step, held, reset) -> float:
+    """Microseconds a layer of step(held) -> (held, outputs)."""
     import jax
 
     samples = []

@@ -3,7 +3,7 @@
     python3 benchmarks/several.py               to benchmarks/results/<device>/several.json
     python3 benchmarks/several.py --dry-run     tiny sizes on two CPU devices, to --out only
 
-A step appends a token to each of LAYERS caches and attends over it: B8 K8 G4 D128, 4/4 bits. The step is one compiled
+A step appends a token to each of four caches and attends over it: B8 K8 G4 D128, 4/4 bits. The step is one compiled
 function whose caches are donated, by automatic partitioning and by `shard_map`. Before a time is taken: scores and
 codes have the bits of one device, attention is within LIMIT of it, and the compiled step has no collective.
 
@@ -13,17 +13,14 @@ Exit status: 0, or 1 where something differs, or 2 where there are not two GPUs.
 import argparse
 import functools
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import bench
+import cache
 import numpy as np
 
-BATCH, KV_HEADS, GROUP, HEAD_DIM = 8, 8, 4, 128
-LAYERS, POSITIONS, ROOM, CHUNK = 4, 32768, 512, 4096
-SAMPLES, STEPS = 9, 20
+POSITIONS = 32768
 LIMIT = 1e-3  # of the relative difference between one device and several
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -47,7 +44,7 @@ def main() -> int:
         return 2
     report = bench.describe(torch.device("cpu" if dry else "cuda"), dry, __doc__.split("\n\n")[2])
     report |= {"op": "several", "devices": [str(device) for device in devices[:2]]}
-    rows = run(devices[:2], *((2, 64) if dry else (BATCH, POSITIONS)))
+    rows = run(devices[:2], *((2, 64) if dry else (cache.BATCH, POSITIONS)))
     for row in rows:
         print(row)
     wrong = [row for row in rows if not row["right"]]
@@ -105,31 +102,23 @@ def inputs(batch, size):
     import jax
     import jax.numpy as jnp
 
-    import tqjax
-
     draws = iter(jax.random.split(jax.random.key(0), 1000))
 
-    def new(heads, length):
-        return jax.random.normal(next(draws), (batch, heads, length, HEAD_DIM), jnp.bfloat16)
+    def new(*shape):
+        return jax.random.normal(next(draws), shape, jnp.bfloat16)
 
-    fill = jax.jit(tqjax.KVCache.append, donate_argnums=0)
-    caches = []
-    for _ in range(LAYERS):
-        cache = tqjax.KVCache.zeros(batch, KV_HEADS, size + ROOM, tqjax.Quantizer(HEAD_DIM), dtype="bfloat16")
-        for start in range(0, size, CHUNK):
-            length = min(CHUNK, size - start)
-            cache = fill(cache, new(KV_HEADS, length), new(KV_HEADS, length))
-        caches.append(cache)
-    tokens = [(new(KV_HEADS, 1), new(KV_HEADS, 1)) for _ in range(LAYERS)]
-    return caches, tokens, new(KV_HEADS * GROUP, 1)
+    caches = cache.jax_caches(size, batch, new)
+    token = batch, cache.KV_HEADS, 1, cache.HEAD_DIM
+    tokens = [(new(*token), new(*token)) for _ in caches]
+    return caches, tokens, new(batch, cache.KV_HEADS * cache.GROUP, 1, cache.HEAD_DIM)
 
 
 def step(caches, tokens, query):
     done = []
-    for cache, (key, value) in zip(caches, tokens, strict=True):
-        cache = cache.append(key, value)
-        out = cache.attend(query)
-        done.append(cache)
+    for one, (key, value) in zip(caches, tokens, strict=True):
+        one = one.append(key, value)
+        out = one.attend(query)
+        done.append(one)
     return done, out.astype("float32")
 
 
@@ -138,9 +127,9 @@ def scores(q, codes, norms):
 
     import tqjax
 
-    table = tqjax.Quantizer(HEAD_DIM).codebook.centroids
-    heads = {"n_q_heads": KV_HEADS * GROUP, "n_kv_heads": KV_HEADS}
-    return jax.jit(functools.partial(tqjax.fused_qk_scores, centroids=table, scale=HEAD_DIM**-0.5, **heads))(
+    table = tqjax.Quantizer(cache.HEAD_DIM).codebook.centroids
+    heads = {"n_q_heads": cache.KV_HEADS * cache.GROUP, "n_kv_heads": cache.KV_HEADS}
+    return jax.jit(functools.partial(tqjax.fused_qk_scores, centroids=table, scale=cache.HEAD_DIM**-0.5, **heads))(
         q, packed_indices=codes, norms=norms
     )
 
@@ -149,18 +138,9 @@ def timed(function, held, rest, size) -> float:
     """Microseconds a layer of a jitted step: a `Compiled` is called from Python, more slowly."""
     import jax
 
-    crop = jax.jit(lambda caches: [cache.crop(size) for cache in caches], donate_argnums=0)
+    crop = jax.jit(lambda caches: [one.crop(size) for one in caches], donate_argnums=0)
     places = jax.tree.map(lambda x: x.sharding, held)
-    samples = []
-    for _ in range(SAMPLES):
-        held, out = function(jax.device_put(crop(held), places), *rest)
-        jax.block_until_ready((held, out))
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            held, out = function(held, *rest)
-        jax.block_until_ready((held, out))
-        samples.append((time.perf_counter() - start) / STEPS * 1e6 / LAYERS)
-    return round(statistics.median(samples), 2)
+    return cache.jax_time(lambda held: function(held, *rest), held, lambda held: jax.device_put(crop(held), places))
 
 
 if __name__ == "__main__":

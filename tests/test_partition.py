@@ -10,6 +10,7 @@ import pytest
 from backends import CUDA, assert_same_bits
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from several import COLLECTIVES
 
 import tqjax
 from tqcore import fixed_point
@@ -19,7 +20,6 @@ from tqjax import partition, triton_call
 B, K, G, S, T, D = 2, 4, 2, 40, 3, 32
 MESHES = {"heads": ((2,), ("k",)), "sequences": ((2,), ("b",))}
 PLACES = {"heads": P(None, "k"), "sequences": P("b")}
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 IMPLEMENTATIONS = ["xla", "pallas_triton", *(["triton", "gluon"] if CUDA else []), None]
 LIMIT = 2e-3
 
