@@ -304,11 +304,8 @@ def test_heads_over_a_mesh():
     heads = jax.sharding.NamedSharding(mesh, P(None, "h"))
     split = [jax.device_put(x, heads) for x in arrays]
     specs = jax.tree.map(lambda place: place.spec, places)
-    # check_vma: outputs of kernels do not say over which axes they vary
     mapped = jax.jit(
-        jax.shard_map(
-            step, mesh=mesh, in_specs=(specs, *[P(None, "h")] * 3), out_specs=(specs, P(None, "h")), check_vma=False
-        )
+        jax.shard_map(step, mesh=mesh, in_specs=(specs, *[P(None, "h")] * 3), out_specs=(specs, P(None, "h")))
     )
     automatic = jax.jit(step, out_shardings=(places, heads))
     for traced in (mapped, automatic):

@@ -363,8 +363,10 @@ class KVCache:
             starts = xp.where(ends > self.packed_lengths, self.packed_lengths, -count)
             parts.append((lambda new, old: lib.take(old, self._slot(leaving)), starts))
         if steps > config.window:
-            begin = self.lengths - config.first if config.first else self.lengths
-            starts = begin if whole and not config.slots else xp.where(ends > begin, begin, -steps)
+            starts = self.lengths
+            if config.slots or not whole:
+                begin = self.lengths - config.first
+                starts = xp.where(ends > begin, begin, -steps)
             parts.append((lambda new, old: new, starts))
 
         def packed(vectors, new, old):

@@ -200,7 +200,7 @@ def _call(implementation, operation, options, dtype, *arrays):
 
 
 def _kernels(operation, quantizer, vectors):
-    """The kernels that can do this on CUDA, the best first."""
+    """The kernels that can do this on CUDA, by name."""
     kernels = {}
     if triton_compress.can_do(quantizer):
         kernels["triton"] = getattr(triton_compress, operation)

@@ -139,16 +139,18 @@ def _spec(x):
 
 def _rule(axes, results, sizes):
     """Shardy's. Each capital is an axis of its own, since one letter may stand for several lengths."""
-    whole, groups = [], sizes.get("h", 0) // max(1, sizes.get("k", 1))
+    whole, heads = [], "h" if sizes.get("k") == 1 else "k" if sizes.get("h") == sizes.get("k") else "(k g)"
 
     def factor(letter):
-        if letter == "h" and sizes["k"] > 1 and groups > 1:
-            whole.extend([] if "g" in whole else ["g"])  # in the order of their first places, as Shardy wants them
-            return "(k g)"
+        if letter == "h":
+            if heads == "(k g)" and "g" not in whole:
+                whole.append("g")  # in the order of their first places, as Shardy wants them
+            return heads
         if letter.islower():
-            return letter if letter != "h" or sizes["k"] == 1 else "k"
+            return letter
         whole.append(f"whole{len(whole)}")
         return whole[-1]
 
     rule = " -> ".join(", ".join(" ".join(map(factor, of)) for of in side) for side in (axes, results))
-    return {"sharding_rule": rule, "need_replication_factors": tuple(whole)} | ({"g": groups} if "g" in whole else {})
+    groups = {"g": sizes["h"] // sizes["k"]} if "g" in whole else {}
+    return {"sharding_rule": rule, "need_replication_factors": tuple(whole)} | groups
