@@ -30,7 +30,7 @@ lint: $$(SETUP)
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-gpu: $$(SETUP)  ## the whole suite on a CUDA device; what is skipped fails
+gpu: $$(SETUP)  ## the whole suite on a CUDA device; skipped but for want of a CPU or a second device: failed
 	$(PY) -m pytest -n 14 -q --require -p no:benchmark
 
 bench: $$(SETUP)  ## gate, then time; what changed since the committed results; plots; CUDA

@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+LACKS = {"gpu": "needs a CUDA device", "cpu": "shows on a CPU alone", "two_devices": "needs two devices"}
+
+
 @pytest.fixture(scope="module")
 def in_compiling_process():
     """Calls a function in its own process: where TRITON_INTERPRET is set, Triton's functions are not compilable."""
@@ -29,25 +32,29 @@ def in_compiling_process():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require", action="store_true", help="a skipped test is a failed one")
+    parser.addoption("--require", action="store_true", help="a skipped test is a failed one, but for marks")
     parser.addoption("--cache-steps", type=int, default=60, help="moves of the random walks of caches")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    for mark, reason in LACKS.items():
+        config.addinivalue_line("markers", f"{mark}: {reason}")
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    cuda, devices = torch.cuda.is_available(), torch.cuda.device_count()
+    lacking = {"gpu": not cuda, "cpu": cuda, "two_devices": cuda and devices < 2}
+    for item in items:
+        for mark, reason in LACKS.items():
+            if lacking[mark] and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.skipped and item.config.getoption("--require"):
+    elsewhere = any(item.get_closest_marker(mark) for mark in ("cpu", "two_devices"))
+    if report.skipped and item.config.getoption("--require") and not elsewhere:
         report.outcome, report.longrepr = "failed", f"skipped under --require: {report.longrepr[2]}"
     return report
 

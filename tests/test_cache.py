@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from backends import (
-    CUDA,
     DEVICE,
     PACKAGES,
     assert_close,
@@ -182,6 +181,7 @@ def test_continues_in_another_framework(first, second, options, dtype, tmp_path)
     half = fill(first, zeros(first, dtype=dtype, **OPTIONS[options]), chunks[:2])
     first.save_file({"layer": half}, tmp_path / "cache.safetensors")
     moved = second.load_file(tmp_path / "cache.safetensors")["layer"]
+    moved = moved.map(lambda x: x.to(DEVICE)) if second is tq_torch else moved
     assert isinstance(moved, second.KVCache) and moved.config == half.config
     query = random(rng, K * G, 1)
     there, here = fill(second, moved, chunks[2:]), fill(first, half, chunks[2:])
@@ -198,7 +198,7 @@ def test_continues_in_another_framework(first, second, options, dtype, tmp_path)
     assert_close(*outs, LIMIT)
 
 
-@pytest.mark.skipif(CUDA, reason="pointers of two allocators on one GPU are compared by test_dlpack_of_packed")
+@pytest.mark.cpu  # pointers on a GPU are compared by test_dlpack_of_packed
 @pytest.mark.parametrize("options", ["blocks", "pages"])
 def test_dlpack_shares_memory(options):
     rng = np.random.default_rng(8)
@@ -289,10 +289,9 @@ def shardings(mesh, cache, split):
     return jax.tree.map(lambda x: split(mesh, heads.get(x.ndim) or P()), cache)
 
 
+@pytest.mark.two_devices
 def test_heads_over_a_mesh():
     """By `shard_map` and by automatic partitioning: equal outputs, and no cache gathered on a device."""
-    if len(jax.devices()) < 2:
-        pytest.skip("needs two devices")
     rng, P = np.random.default_rng(12), jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2,), ("h",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     cache = zeros(tqjax, window=4, center=True)
@@ -372,11 +371,10 @@ def snapshot(cache):
     return [np.array(to_numpy(x)) for x in tensors(cache)]
 
 
+@pytest.mark.cpu  # lengths on a GPU are not looked at: see test_lost_sequences_are_nan
 @pytest.mark.parametrize("package", PACKAGES)
 def test_refused_appends_change_nothing(package):
     rng = np.random.default_rng(15)
-    if CUDA and package is not tqcore:
-        pytest.skip("lengths on a GPU are not looked at: see test_lost_sequences_are_nan")
     cache = zeros(package, page_size=16, window=4).append(*given(package, random(rng, K, 60), random(rng, K, 60)))
     before = snapshot(cache)
     wrong = random(rng, K, 1)
@@ -400,6 +398,17 @@ def test_refused_appends_change_nothing(package):
     for state, expected in ((after, before), (snapshot(cache), frozen)):
         for got, same in zip(state, expected, strict=True):
             assert_same_bits(got, same)
+
+
+def test_devices_of_appends():
+    rng = np.random.default_rng(16)
+    cache = zeros(tq_torch, window=4)
+    key, value = given(tq_torch, random(rng, K, 1), random(rng, K, 1))
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match="must be on one device, got key on meta, value on .*, cache on "):
+        cache.append(key.to("meta"), value)
+    for got, expected in zip(snapshot(cache), before, strict=True):
+        assert_same_bits(got, expected)
 
 
 def test_lost_sequences_are_nan():

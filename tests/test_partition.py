@@ -23,7 +23,7 @@ PLACES = {"heads": P(None, "k"), "sequences": P("b")}
 IMPLEMENTATIONS = ["xla", "pallas_triton", *(["triton", "gluon"] if CUDA else []), None]
 LIMIT = 2e-3
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+pytestmark = pytest.mark.two_devices
 
 
 def mesh_of(name):

@@ -65,9 +65,12 @@ def test_lowers_to_one_launch(in_compiling_process, name, head_dim, bits, paged,
         assert text.count("tf.aliasing_output") == 2 + centered
 
 
+@pytest.mark.cpu
 def test_needs_cuda():
-    x = np.ones((2, 3, 64), np.float32)
     with pytest.raises(NotImplementedError, match="'triton' needs CUDA, got a program for cpu"):
-        tqjax.compress(x, Quantizer(64), implementation="triton")
+        tqjax.compress(np.ones((2, 3, 64), np.float32), Quantizer(64), implementation="triton")
+
+
+def test_needs_a_head_dim():
     with pytest.raises(NotImplementedError, match="'triton' needs CUDA.*head_dim 8 to 256, got head_dim=512"):
         tqjax.compress(np.ones((3, 512), np.float32), Quantizer(512), implementation="triton")

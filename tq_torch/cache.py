@@ -29,7 +29,7 @@ def save_file(packed: PackedVectors | KVCache | Mapping[str, PackedVectors | KVC
 
 
 def load_file(path: str | PathLike) -> PackedVectors | KVCache | dict[str, PackedVectors | KVCache]:
-    """Reads what `save_file` wrote, as CPU tensors; see `tqcore.load_file`."""
+    """Reads what `save_file` wrote, as CPU tensors, moved by `.map(lambda x: x.to(device))`; see `tqcore.load_file`."""
     return _map(tqcore.load_file(path), _from_bits)
 
 
@@ -70,11 +70,12 @@ KVCache.library = CacheLibrary(
     xp=torch,
     zeros=_zeros,
     arange=lambda count, like: torch.arange(count, dtype=torch.int32, device=like.device),
-    wide=torch.Tensor.float,
+    wide=lambda x: x.float(),  # torch 2.11 does not trace a method that is no function
     cast=lambda x, like: x.to(like.dtype),
     matmul=eager.matmul,
     take=_take,
     keep=_keep,
+    check_devices=compress_ops.check_devices,
     on_host=attention_ops._on_host,
     append=compress_ops.append,
     attention=attention_ops.attention,

@@ -165,11 +165,12 @@ class KVCache:
           counts: [B] int32, 0 to T; None means T.
 
         Raises:
-          ValueError: shape or dtype do not fit; and where lengths can be seen (on a CPU, outside of compilation) the
-            cache is full or a page is frozen. The cache is then as it was. Elsewhere such a sequence is lost: what does
-            not fit is not written, and its attention is NaN until it is cropped.
+          ValueError: shape, dtype or device do not fit; and where lengths can be seen (on a CPU, outside of
+            compilation) the cache is full or a page is frozen. The cache is then as it was. Elsewhere such a sequence
+            is lost: what does not fit is not written, and its attention is NaN until it is cropped.
         """
         cache_checks.check_cache_append(key, value, counts, self)
+        self.library.check_devices(key=key, value=value, counts=counts, cache=self.lengths)
         if key.shape[2] == 0:
             return self
         whole = counts is None
@@ -454,6 +455,7 @@ KVCache.library = CacheLibrary(
     matmul=np.matmul,
     take=_take,
     keep=_keep,
+    check_devices=lambda **arrays: None,
     on_host=lambda x: x,
     append=reference.append,
     attention=reference_attention.attention,

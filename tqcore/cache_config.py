@@ -43,6 +43,7 @@ class CacheLibrary:
       matmul: [..., R, C] × [..., C, D] -> [..., R, D].
       take: x [B, K, S, D], index [B, R] int32 within S -> [B, K, R, D].
       keep: the array of a cache and its new value -> the one that the cache holds from now on.
+      check_devices: arrays by name; ValueError where they lie on several devices.
       on_host: an array -> NumPy, or None where that must wait for a device or cannot be.
       append, attention, merge_attention, decompress, key_center: the operations.
     """
@@ -55,6 +56,7 @@ class CacheLibrary:
     matmul: Callable[[Any, Any], Any]
     take: Callable[[Any, Any], Any]
     keep: Callable[[Any, Any], Any]
+    check_devices: Callable[..., None]
     on_host: Callable[[Any], Any]
     append: Callable[..., PackedVectors]
     attention: Callable[..., Any]

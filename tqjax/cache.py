@@ -95,6 +95,7 @@ KVCache.library = CacheLibrary(
     matmul=functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST),
     take=_take,
     keep=lambda old, new: new,
+    check_devices=ops.check_devices,
     on_host=attention_ops._on_host,
     append=compress_ops.append,
     attention=attention_ops.attention,

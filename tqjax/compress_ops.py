@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ ARGUMENTS = {
     "decompress": ("codes", "norms"),
 }
 LEADING = "abcdefgijlmnopqrstu"  # axes of vectors, for `partition`
-FEW_APPENDED = 1024  # vectors, up to which None is "xla": 512 of keys and of values take it 7.4 µs (H100)
 
 
 def compress(
@@ -91,7 +89,7 @@ def append(
       starts: [B] int32.
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
-      implementation: as for `compress`, and None is xla for a few vectors; "pallas_triton" encodes, and XLA writes.
+      implementation: as for `compress`; "pallas_triton" encodes, and XLA writes.
 
     Returns:
       PackedVectors: `packed` with other arrays.
@@ -149,8 +147,6 @@ def _encode(x, quantizer, center, implementation):
 
 @functools.partial(jax.jit, static_argnums=4)
 def _append(packed, x, starts, page_table, implementation):
-    if implementation is None and math.prod(x.shape[:-1]) <= FEW_APPENDED:
-        implementation = "xla"
     paged, center = page_table is not None, packed.center
     first, batch = ("N", "B") if paged else ("b", "b")  # any sequence may write to any page
     sizes = dict(zip("bk", packed.codes.shape, strict=False))
