@@ -312,9 +312,13 @@ def merge_kernel(
 ):
     head, r = tl.program_id(0) // R, tl.program_id(0) % R
     batch, first = head // K, head.to(tl.int64) * splits
-    CHUNK: tl.constexpr = 32 if BLOCK_SPLITS > 32 else BLOCK_SPLITS
+    CHUNK: tl.constexpr = 64 if BLOCK_SPLITS > 64 else BLOCK_SPLITS
     split, d = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
-    part = _part(out_ptr, first, split, splits, r, R, d, D)  # the first, while its weights are found
+    # All that does not wait for anything else, at once.
+    part = _part(out_ptr, first, split, splits, r, R, d, D)
+    length, step = tl.load(lengths_ptr + batch), tl.load(v_table_ptr + 4).to(tl.float32, bitcast=True)
+    if UNROTATE:
+        signs = tl.load(signs_ptr + d)
     i = tl.arange(0, BLOCK_SPLITS)
     ml_ptr += first * 2 * R + r
     m = tl.load(ml_ptr + i * (2 * R), mask=i < splits, other=float("-inf"))
@@ -335,10 +339,9 @@ def merge_kernel(
         weight = tl.load(ml_ptr + (chunk + split) * (2 * R), mask=chunk + split < splits, other=float("-inf"))
         out += tl.sum(part * tl.exp2(weight - peak)[:, None], 0)
         part = _part(out_ptr, first, chunk + CHUNK + split, splits, r, R, d, D)
-    out = out * (tl.load(v_table_ptr + 4).to(tl.float32, bitcast=True) / tl.where(total == 0.0, 1.0, total))
+    out = out * (step / tl.where(total == 0.0, 1.0, total))
     if UNROTATE:
-        out = tl.reshape(_hadamard(tl.reshape(out, [1, D]), 1, D), [D]) * (D**-0.5) * tl.load(signs_ptr + d)
-    length = tl.load(lengths_ptr + batch)
+        out = tl.reshape(_hadamard(tl.reshape(out, [1, D]), 1, D), [D]) * (D**-0.5) * signs
     fits = (length >= 0) & (length <= S)
     row = head.to(tl.int64) * R + r
     tl.store(result_ptr + row * D + d, tl.where(fits, out, float("nan")), mask=d < D)

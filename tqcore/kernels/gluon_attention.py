@@ -120,12 +120,11 @@ def _butterfly(x, WIDTH: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.conste
 
 
 @gluon.jit
-def _rotated(q, signs_ptr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr):
+def _rotated(q, signs, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr):
     """H · (signs ⊙ q) / √D of each row, in the order of `tqcore.rotation.hadamard`."""
     L: gl.constexpr = _query_layout(BLOCK_R, BLOCK_D)
     LC: gl.constexpr = _columns_layout(BLOCK_R, BLOCK_D)
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, L))
-    x = q * gl.load(signs_ptr + d, mask=d < D, other=0.0)[None, :]
+    x = q * signs[None, :]
     for i in gl.static_range(_log2(D)):
         if 2 ** (i + 2) == BLOCK_D:  # the next two widths lie on lanes
             x = gl.convert_layout(x, LC)
@@ -134,24 +133,36 @@ def _rotated(q, signs_ptr, D: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.c
 
 
 @gluon.jit
+def _load_query(
+    q_ptr, signs_ptr, head, first_row, R,
+    D: gl.constexpr, ROTATE: gl.constexpr, BLOCK_R: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK_R, BLOCK_D] of the query, and the signs of its rotation."""
+    L: gl.constexpr = _query_layout(BLOCK_R, BLOCK_D)
+    row = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, L))
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, L))
+    live = (row[:, None] < R) & (d[None, :] < D)
+    q = gl.load(q_ptr + (head * R + row[:, None]) * D + d[None, :], mask=live, other=0.0)
+    signs = d
+    if ROTATE:
+        signs = gl.load(signs_ptr + d, mask=d < D, other=0.0)
+    return q, signs
+
+
+@gluon.jit
 def _query(
-    q_ptr, signs_ptr, table_ptr, head, first_row, scale, R,
-    D: gl.constexpr, K_BITS: gl.constexpr, ROTATE: gl.constexpr,
+    q, signs, table, scale, D: gl.constexpr, K_BITS: gl.constexpr, ROTATE: gl.constexpr,
     BLOCK_R: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
     """Two left operands of BLOCK_R rows as in `gluon_scores`, and scale · step · 2^e of each row."""
-    L: gl.constexpr = _query_layout(BLOCK_R, 2 * BLOCK_P)
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    row = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, L))
-    d = gl.arange(0, 2 * BLOCK_P, layout=gl.SliceLayout(0, L))
-    live = (row[:, None] < R) & (d[None, :] < D)
-    q = gl.load(q_ptr + (head * R + row[:, None]) * D + d[None, :], mask=live, other=0.0).to(gl.float32)
+    q = q.to(gl.float32)
     if ROTATE:
-        q = _rotated(q, signs_ptr, D, BLOCK_R, 2 * BLOCK_P)
+        q = _rotated(q, signs, D, BLOCK_R, 2 * BLOCK_P)
     n, e = _fixed_point(q)
     first, second = _query_operands(n, BLOCK_R, BLOCK_P, K_BITS, gl.DotOperandLayout(0, mma, 4))
     power = gl.where(e == NOT_FINITE, float("nan"), ((e + 127) << 23).to(gl.float32, bitcast=True))
-    factor = power * (gl.load(table_ptr + 4).to(gl.float32, bitcast=True) * scale)
+    factor = power * (table[4].to(gl.float32, bitcast=True) * scale)
     sums, _ = _sums(gl.zeros([2 * BLOCK_R, BLOCK_S], gl.int32, mma), BLOCK_R, BLOCK_S)
     return first, second, gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout))
 
@@ -170,14 +181,21 @@ def _scores(
 
 
 @gluon.jit
-def _words(table_ptr, zero):
-    """The four words of levels, each in a register of every lane."""
+def _load_table(table_ptr):
+    """The four words of levels, and the bits of the step."""
     return (
-        _own(gl.load(table_ptr), zero),
-        _own(gl.load(table_ptr + 1), zero),
-        _own(gl.load(table_ptr + 2), zero),
-        _own(gl.load(table_ptr + 3), zero),
+        gl.load(table_ptr),
+        gl.load(table_ptr + 1),
+        gl.load(table_ptr + 2),
+        gl.load(table_ptr + 3),
+        gl.load(table_ptr + 4),
     )
+
+
+@gluon.jit
+def _words(table, zero):
+    """The words of levels, each in a register of every lane."""
+    return _own(table[0], zero), _own(table[1], zero), _own(table[2], zero), _own(table[3], zero)
 
 
 @gluon.jit
@@ -377,9 +395,13 @@ def attention_kernel(
     even = _row_sums(gl.zeros([2 * BLOCK_R, BLOCK_P], gl.int32, mma), BLOCK_R, BLOCK_P)
     odd = even
 
+    # Asked for before the copies: behind them this would wait for all that the copies fetch.
+    length = gl.load(lengths_ptr + batch)
+    q, signs = _load_query(q_ptr, signs_ptr, head, first_row, R, D, ROTATE, BLOCK_R, 2 * BLOCK_P)
+    k_table, v_table = _load_table(k_table_ptr), _load_table(v_table_ptr)
+
     # The positions of this part.
     r = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
-    length = gl.load(lengths_ptr + batch)
     zero = length >> 31  # where it is a length
     length = gl.where((length >= 0) & (length <= S), length, 0)
     start, stop, all_from, all_to, first = _span(
@@ -406,12 +428,10 @@ def attention_kernel(
             PAGE, K_STRIDE_S, V_STRIDE_S, D, K_BITS, V_BITS, BLOCK_S, BLOCK_P,
         )  # fmt: skip
 
-    # The query rows, while the copies are under way.
+    # The query's fixed point, while the copies are under way.
     scale = scale * (1.0 if SOFT_CAP > 0 else LOG2E)
-    q_first, q_second, factor = _query(
-        q_ptr, signs_ptr, k_table_ptr, head, first_row, scale, R, D, K_BITS, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P
-    )
-    k_words, v_words = _words(k_table_ptr, zero), _words(v_table_ptr, zero)
+    q_first, q_second, factor = _query(q, signs, k_table, scale, D, K_BITS, ROTATE, BLOCK_R, BLOCK_S, BLOCK_P)
+    k_words, v_words = _words(k_table, zero), _words(v_table, zero)
     m = gl.full([BLOCK_R], LOWEST, gl.float32, gl.SliceLayout(1, LS))
     total = gl.zeros([BLOCK_R], gl.float32, gl.SliceLayout(1, LS))
     for block in range(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S)):
