@@ -23,7 +23,7 @@ from tqcore import rotation, softmax
 from tqcore.packing import packed_dim, unpack
 from tqcore.quantizer import PackedVectors, Quantizer
 
-OURS, DENSE = 1e-3, 3e-2  # largest relative errors: of packed implementations, and of bfloat16 ones
+OURS, DENSE = 1e-3, 5e-2  # largest relative errors: of packed implementations, and of bfloat16 ones
 PLAIN_IMPLEMENTATIONS = ("eager", "xla")
 PREFILL = 256  # query positions, from which on lengths are not given and "dense" is timed, with bfloat16 queries
 

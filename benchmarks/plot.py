@@ -48,12 +48,12 @@ def by_name(rows: list[dict], key: str) -> dict[tuple[str, str], dict[int, dict]
 
 
 def source(report: dict) -> str:
-    """Device, driver, versions, commit and copy bandwidth, in a line."""
+    """Device, driver, versions, commit and copy bandwidth, if known, in a line."""
     versions = report["versions"]
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "jax"))
     commit = (report["commit"] or "unknown")[:7] + ("-dirty" if "dirty" in (report["commit"] or "") else "")
     line = f"{report['device']}, driver {report['driver']}, {libraries}, commit {commit}, {report['date'][:10]}"
-    return f"{line}; copy {report['copy_gbps']:.0f} GB/s"
+    return f"{line}; copy {report['copy_gbps']:.0f} GB/s" if "copy_gbps" in report else line
 
 
 def finish(figure, report: dict, path: Path) -> Path:

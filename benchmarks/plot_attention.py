@@ -5,7 +5,7 @@ from pathlib import Path
 
 import plot
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 STYLES = plot.STYLES | {
     ("torch", "dense"): ("torch, decompressed", "#c9a227", "v", "-"),
@@ -17,8 +17,8 @@ BASELINES = {"torch": "sdpa", "jax": "cudnn"}
 
 def label(row: dict) -> str:
     """What sets a case apart from the others."""
-    name = " ".join(f"{key}{row[key]}" for key in ("B", "G", "S", "T", "D"))
-    return name.replace(" T1", "") + f"\n{row['bits']} bits" + (f", page {row['page']}" if row["page"] else "")
+    name = " ".join(f"{key}{row[key]}" for key in ("B", "G", "S", "T", "D") if key != "T" or row["T"] > 1)
+    return name + f"\n{row['bits']} bits" + (f", page {row['page']}" if row["page"] else "")
 
 
 def draw_cases(report: dict, path: Path) -> Path | None:
@@ -33,6 +33,7 @@ def draw_cases(report: dict, path: Path) -> Path | None:
         for front, prefix in BASELINES.items()
         if (us := [us for (at, name), us in found.items() if at == front and name.startswith(prefix)])
     }
+    cases = {case: found for case, found in cases.items() if any((case, front) in best for front in BASELINES)}
     if not best or not names:
         return None
     lines = -(-len(cases) // CASES_A_LINE)
@@ -67,19 +68,21 @@ def _draw_line(axes, labels, cases, names, best):
 
 
 def draw_decode(report: dict, path: Path) -> Path:
-    """Microseconds a step against the length of the cache."""
+    """Microseconds a step against the length of the cache, but for the first steps, which compile."""
     figure, axes = plt.subplots()
     for front, line, colours in (("torch", "-", ("#0b6e4f", "#c8553d")), ("jax", "--", ("#1d4e89", "#e8a598"))):
         found = report["fronts"][front]
         for (name, us), colour in zip(found["us"].items(), colours, strict=False):
-            axes.plot(found["lengths"], us, line, color=colour, lw=2, label=f"{front}, {name}")
-    compiled = {front: found["compiled"]["all_steps"] for front, found in report["fronts"].items()}
+            axes.plot(found["lengths"][1:], us[1:], line, color=colour, lw=2, label=f"{front}, {name}")
+    compiled = ", ".join(f"{front} {found['compiled']['all_steps']}" for front, found in report["fronts"].items())
+    axes.xaxis.set_major_locator(MultipleLocator(max(1, max(found["lengths"]) // 8)))
     axes.xaxis.set_major_formatter(FuncFormatter(plot.binary))
+    axes.set_ylim(0)
     axes.set_xlabel("cached positions, S")
     axes.set_ylabel("µs a step, by the host's clock")
     axes.set_title(f"Steps of a filling cache (B8 K8 G4 D128); compiled in all: {compiled}")
     axes.legend(loc="upper left")
-    return plot.finish(figure, {"copy_gbps": 0.0} | report, path)
+    return plot.finish(figure, report, path)
 
 
 def draw(results: Path) -> list[Path]:

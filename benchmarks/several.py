@@ -20,7 +20,7 @@ import bench
 import cache
 import numpy as np
 
-POSITIONS = 32768
+POSITIONS = (32768, 131072)
 LIMIT = 1e-3  # of the relative difference between one device and several
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -44,9 +44,10 @@ def main() -> int:
         return 2
     report = bench.describe(torch.device("cpu" if dry else "cuda"), dry, __doc__.split("\n\n")[2])
     report |= {"op": "several", "devices": [str(device) for device in devices[:2]]}
-    rows = run(devices[:2], *((2, 64) if dry else (cache.BATCH, POSITIONS)))
-    for row in rows:
-        print(row)
+    rows = []
+    for batch, size in [(2, 64)] if dry else [(cache.BATCH, size) for size in POSITIONS]:
+        rows += run(devices[:2], batch, size)
+        print(*rows[-3:], sep="\n", flush=True)
     wrong = [row for row in rows if not row["right"]]
     for row in wrong:
         print(f"red: {row}", file=sys.stderr)
