@@ -85,7 +85,7 @@ def gluon_kernel(head_dim, bits, rows, dtype, page, options, capability):
 
 
 def merge_kernel(head_dim, bits, rows, dtype, page, options, capability):
-    constants = merge_constants(rows, Quantizer(head_dim, bits[1]), page is not None)
+    constants = merge_constants(rows, Quantizer(head_dim, bits[1]), page is not None, early=capability >= 90)
     types = signature(attention.merge_kernel, constants, dtype)
     return compile_kernel(attention.merge_kernel, types, constants, capability, num_warps=1, enable_fp_fusion=False)
 

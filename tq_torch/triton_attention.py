@@ -58,11 +58,12 @@ def attention(query, keys, values, kv_lengths, page_table, sinks, options, imple
     )  # fmt: skip
     unrotated = values.quantizer.rotation == "hadamard"
     result = out if unrotated else out.new_empty(out.shape, dtype=torch.float32)
+    early = implementation == "gluon"
     load("merge")[(kv * rows,)](
         parts, ml, words[1], _signs(values, query.device), kv_lengths, sinks, result, lse,
         kv_heads, rows, steps, positions, config.splits,
-        **merge_constants(config.splits, values.quantizer, sinks is not None),
-        num_warps=config.merge_warps, enable_fp_fusion=False,
+        **merge_constants(config.splits, values.quantizer, sinks is not None, early),
+        num_warps=config.merge_warps, enable_fp_fusion=False, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return (out if unrotated else out.copy_(ops.unrotate(result, values.quantizer))), lse
 

@@ -154,14 +154,18 @@ def attention_constants(
     }
 
 
-def merge_constants(splits: int, values: Quantizer, sinks: bool) -> dict[str, Any]:
-    """What the kernel that joins the parts of attention is compiled for."""
+def merge_constants(splits: int, values: Quantizer, sinks: bool, early: bool = False) -> dict[str, Any]:
+    """What the kernel that joins the parts of attention is compiled for.
+
+    `early`: it is launched by programmatic dependent launch behind a kernel that lets it start (Gluon's).
+    """
     return {
         "BLOCK_SPLITS": tuning.next_power_of_two(splits),
         "D": values.head_dim,
         "BLOCK_D": tuning.next_power_of_two(values.head_dim),
         "SINKS": sinks,
         "UNROTATE": values.rotation == "hadamard",
+        "EARLY": early,
     }
 
 

@@ -309,16 +309,18 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
     SINKS: tl.constexpr,
     UNROTATE: tl.constexpr,
+    EARLY: tl.constexpr,  # whether it may start before the attention kernel has ended
 ):
     head, r = tl.program_id(0) // R, tl.program_id(0) % R
     batch, first = head // K, head.to(tl.int64) * splits
     CHUNK: tl.constexpr = 64 if BLOCK_SPLITS > 64 else BLOCK_SPLITS
     split, d = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
-    # All that does not wait for anything else, at once.
-    part = _part(out_ptr, first, split, splits, r, R, d, D)
     length, step = tl.load(lengths_ptr + batch), tl.load(v_table_ptr + 4).to(tl.float32, bitcast=True)
     if UNROTATE:
         signs = tl.load(signs_ptr + d)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    part = _part(out_ptr, first, split, splits, r, R, d, D)  # the first, while its weights are found
     i = tl.arange(0, BLOCK_SPLITS)
     ml_ptr += first * 2 * R + r
     m = tl.load(ml_ptr + i * (2 * R), mask=i < splits, other=float("-inf"))

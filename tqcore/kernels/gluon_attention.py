@@ -88,6 +88,13 @@ or.b32 $0, $1, t;
 }""")
 
 
+# $1; the next kernel may start, and waits by itself for what this one writes.
+LET_NEXT_START = gl.constexpr("""{
+griddepcontrol.launch_dependents;
+mov.b32 $0, $1;
+}""")
+
+
 @gluon.constexpr_function
 def _columns_layout(BLOCK_R, BLOCK_D):
     """[BLOCK_R, BLOCK_D]: lane t holds coordinates t, t + 4, …, lane g rows g, g + 8, …"""
@@ -402,6 +409,7 @@ def attention_kernel(
 
     # The positions of this part.
     r = first_row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, LS))
+    length = gl.inline_asm_elementwise(LET_NEXT_START, "=r,r", [length], dtype=gl.int32, is_pure=False, pack=1)
     zero = length >> 31  # where it is a length
     length = gl.where((length >= 0) & (length <= S), length, 0)
     start, stop, all_from, all_to, first = _span(
@@ -455,6 +463,6 @@ def attention_kernel(
     if PAGE > 0:
         total = gl.where(gl.max(missing, 0) > 0, float("nan"), total)
     at = head * splits + split
-    _store_rows(out_ptr + at * R * D, even, odd, first_row, R, D, BLOCK_R, BLOCK_P)
     gl.store(ml_ptr + at * 2 * R + r, gl.where(m == LOWEST, -float("inf"), m), mask=r < R)
     gl.store(ml_ptr + (at * 2 + 1) * R + r, total, mask=r < R)
+    _store_rows(out_ptr + at * R * D, even, odd, first_row, R, D, BLOCK_R, BLOCK_P)
