@@ -421,7 +421,7 @@ def attention_kernel(
         v_codes_ptr, v_norms_ptr, v_codes_stride_b, v_codes_stride_k, v_norms_stride_b, v_norms_stride_k, batch,
         kv_head, _values_stage_layout(_code_bytes(BLOCK_P, V_BITS)), STAGES, V_BITS, BLOCK_S, BLOCK_P,
     )  # fmt: skip
-    largest = zero.to(gl.uint32, bitcast=True) * 0
+    largest = length.to(gl.uint32) * 0  # number of a page
     pages = _pages(start, first, stop, pages_ptr, PAGE, BLOCK_S)
     for i in gl.static_range(STAGES - 1):
         largest = _copies(

@@ -4,6 +4,8 @@ A *stream* is that of keys or of values: pointers to codes and norms, their stri
 where copies are asynchronous, the shared memory of codes, of the high plane of 3 bits, and of norms.
 """
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -99,14 +101,12 @@ def _block(
 @gluon.constexpr_function
 def _pages_of(PAGE, BLOCK_S):
     """The most pages on which a block lies that starts at a multiple of BLOCK_S."""
-    if PAGE == 0 or PAGE % BLOCK_S == 0:
-        return min(PAGE, 1)
-    return BLOCK_S // PAGE if BLOCK_S % PAGE == 0 else (BLOCK_S - 2) // PAGE + 2
+    return (PAGE - math.gcd(PAGE, BLOCK_S) + BLOCK_S - 1) // PAGE + 1 if PAGE else 0
 
 
 @gluon.jit
 def _pages(s, first, stop, pages_ptr, PAGE: gl.constexpr, BLOCK_S: gl.constexpr):
-    """What the table says of the pages of a block, as uint32; 0 where none of a page's positions is seen."""
+    """What the table says of the pages of the block at s, as uint32; 0 for a page of which no position is seen."""
     pages = ()
     for i in gl.static_range(_pages_of(PAGE, BLOCK_S)):
         start = s // PAGE * PAGE + i * PAGE
@@ -117,33 +117,32 @@ def _pages(s, first, stop, pages_ptr, PAGE: gl.constexpr, BLOCK_S: gl.constexpr)
 
 @gluon.jit
 def _existing(pages, N, largest):
-    """The pages, each of them one that can be read, and the largest number given so far: all exist if it is below N."""
+    """The same where a page exists, else one that does; and the largest given so far: if it is below N, all exist."""
     readable = ()
     for i in gl.static_range(len(pages)):
-        largest = gl.where(pages[i] < largest, largest, pages[i])
+        largest = gl.where(pages[i] < largest, largest, pages[i])  # Triton 3.6 does not compile it as a maximum
         readable += (gl.minimum(pages[i], N - 1),)
     return readable, largest
 
 
 @gluon.jit
-def _rows(
-    ptr, s, pages, stride_b, L: gl.constexpr, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr
-):
-    """Where a block's positions are in an array with that stride between pages."""
+def _rows(ptr, s, pages, stride_b, L: gl.constexpr, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
+    """Pointers and offsets, whose sums are where a block's positions are in an array with that stride between pages."""
     row = gl.arange(0, BLOCK_S, layout=L)
     if PAGE == 0:
-        ptr += s.to(gl.int64) * STRIDE_S
+        ptr += s.to(gl.int64) * STRIDE_S + gl.zeros([BLOCK_S], gl.int64, L)
     else:
         if PAGE % BLOCK_S == 0:
-            ptr += s % PAGE * STRIDE_S
-        else:
+            ptr += s // BLOCK_S % (PAGE // BLOCK_S) * BLOCK_S * STRIDE_S
+        elif BLOCK_S % PAGE > 0:
             row += s % PAGE
         page = pages[0] + gl.zeros([BLOCK_S], gl.uint32, L)
         for i in gl.static_range(1, len(pages)):
             page = gl.where(row < i * PAGE, page, pages[i])
+        # A stride of 32 bits as uint32, so that this is one multiplication of 32 by 32 bits.
         ptr += (page.to(gl.uint64) * (page * 0 + stride_b).to(gl.uint64)).to(gl.int64)
         row = row % PAGE
-    return ptr + row * STRIDE_S
+    return ptr, row * STRIDE_S
 
 
 @gluon.jit
@@ -155,10 +154,7 @@ def _copies(
     """Starts the copy of the block at s into stage `to`, if it is one; what lies from `stop` on is undefined there."""
     if s < stop:
         pages, largest = _existing(pages, N, largest)
-        if PAGE > 0:  # these are whole
-            _copy(keys, to, s, s + BLOCK_S, pages, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P, True)
-            _copy(values, to, s, s + BLOCK_S, pages, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P, True)
-        elif s + BLOCK_S <= stop:
+        if PAGE > 0 or s + BLOCK_S <= stop:  # what is behind `stop` can be read of a page
             _copy(keys, to, s, stop, pages, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P, True)
             _copy(values, to, s, stop, pages, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P, True)
         else:
@@ -174,7 +170,7 @@ def _copy(
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
     BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """The same of one stream, all of whose positions are below `stop` if WHOLE."""
+    """The same of one stream, all of whose positions can be read if WHOLE."""
     codes_ptr, norms_ptr, codes_stride_b, norms_stride_b, codes_smem, high_smem, norms_smem = stream
     LN: gl.constexpr = _norms_copy_layout(BLOCK_S)
     BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
@@ -185,7 +181,8 @@ def _copy(
     if BITS == 3:
         ptr, key, p = _plane(codes_ptr + LIVE, s, pages, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2)
         _copy_plane(high_smem.index(to), ptr, key, p, stop, D // 8, ALL)
-    norms_ptr = _rows(norms_ptr, s, pages, norms_stride_b, LN, PAGE, 1, BLOCK_S)
+    norms_ptr, at = _rows(norms_ptr, s, pages, norms_stride_b, LN, PAGE, 1, BLOCK_S)
+    norms_ptr += at
     if WHOLE:
         async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr)
     else:
@@ -200,9 +197,9 @@ def _plane(
     """Where the bytes [BLOCK_S, BYTES] of a plane are, their positions and places."""
     L: gl.constexpr = _copy_layout(BYTES)
     LR: gl.constexpr = gl.SliceLayout(1, L)
-    rows = _rows(ptr, s, pages, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
+    ptr, at = _rows(ptr, s, pages, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    return rows[:, None] + p, (s + gl.arange(0, BLOCK_S, layout=LR))[:, None], p
+    return ptr[:, None] + (at[:, None] + p), (s + gl.arange(0, BLOCK_S, layout=LR))[:, None], p
 
 
 @gluon.jit
@@ -232,7 +229,8 @@ def _load(
         high = _load_bytes(
             codes_ptr + LIVE, s, stop, pages, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
         )
-    norms_ptr = _rows(norms_ptr, s, pages, norms_stride_b, LN, PAGE, 1, BLOCK_S)
+    norms_ptr, at = _rows(norms_ptr, s, pages, norms_stride_b, LN, PAGE, 1, BLOCK_S)
+    norms_ptr += at
     return codes, high, gl.load(norms_ptr, mask=s + gl.arange(0, BLOCK_S, layout=LN) < stop, other=0.0)
 
 
@@ -242,7 +240,7 @@ def _load_bytes(
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     LR: gl.constexpr = gl.SliceLayout(1, L)
-    rows = _rows(ptr, s, pages, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
+    ptr, at = _rows(ptr, s, pages, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
     inside = (s + gl.arange(0, BLOCK_S, layout=LR) < stop)[:, None] & (p < LIVE)
-    return gl.load(rows[:, None] + p, mask=inside, other=0)
+    return gl.load(ptr[:, None] + (at[:, None] + p), mask=inside, other=0)
