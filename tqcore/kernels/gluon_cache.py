@@ -120,7 +120,7 @@ def _existing(pages, N, largest):
     """The same where a page exists, else one that does; and the largest given so far: if it is below N, all exist."""
     readable = ()
     for i in gl.static_range(len(pages)):
-        largest = gl.where(pages[i] < largest, largest, pages[i])  # Triton 3.6 does not compile it as a maximum
+        largest = gl.maximum(largest, pages[i])
         readable += (gl.minimum(pages[i], N - 1),)
     return readable, largest
 
