@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tqcore import fixed_point
 from tqcore.kernels import lookup
-from tqcore.kernels.gluon_cache import _block, _copies, _norms_copy_layout, _stream, _values_stage_layout
+from tqcore.kernels.gluon_cache import _block, _copies, _pages, _stream, _values_stage_layout
 from tqcore.kernels.gluon_scores import (
     NOT_FINITE,
     _bits,
@@ -429,12 +429,14 @@ def attention_kernel(
         v_codes_ptr, v_norms_ptr, v_codes_stride_b, v_codes_stride_k, v_norms_stride_b, v_norms_stride_k, batch,
         kv_head, _values_stage_layout(_code_bytes(BLOCK_P, V_BITS)), STAGES, V_BITS, BLOCK_S, BLOCK_P,
     )  # fmt: skip
-    missing = gl.zeros([BLOCK_S], gl.int32, _norms_copy_layout(BLOCK_S) if STAGES > 1 else LN)
+    largest = length.to(gl.uint32) * 0  # number of a page
+    pages = _pages(start, first, stop, pages_ptr, PAGE, BLOCK_S)
     for i in gl.static_range(STAGES - 1):
-        missing = _copies(
-            keys, values, i, start + i * BLOCK_S, first, stop, pages_ptr, N, missing,
+        largest = _copies(
+            keys, values, i, start + i * BLOCK_S, stop, pages, N, largest,
             PAGE, K_STRIDE_S, V_STRIDE_S, D, K_BITS, V_BITS, BLOCK_S, BLOCK_P,
         )  # fmt: skip
+        pages = _pages(start + (i + 1) * BLOCK_S, first, stop, pages_ptr, PAGE, BLOCK_S)
 
     # The query's fixed point, while the copies are under way.
     scale = scale * (1.0 if SOFT_CAP > 0 else LOG2E)
@@ -444,8 +446,8 @@ def attention_kernel(
     total = gl.zeros([BLOCK_R], gl.float32, gl.SliceLayout(1, LS))
     for block in range(gl.cdiv(gl.maximum(stop - start, 0), BLOCK_S)):
         s = start + block * BLOCK_S
-        k_codes, k_high, k_norm, v_codes, v_high, v_norm, missing = _block(
-            keys, values, block, s, first, stop, pages_ptr, N, missing, LN, PAGE, K_STRIDE_S, V_STRIDE_S,
+        k_codes, k_high, k_norm, v_codes, v_high, v_norm, pages, largest = _block(
+            keys, values, block, s, first, stop, pages_ptr, pages, N, largest, LN, PAGE, K_STRIDE_S, V_STRIDE_S,
             D, K_BITS, V_BITS, BLOCK_S, BLOCK_P, STAGES,
         )  # fmt: skip
         x = _scores(
@@ -461,7 +463,7 @@ def attention_kernel(
         )
 
     if PAGE > 0:
-        total = gl.where(gl.max(missing, 0) > 0, float("nan"), total)
+        total = gl.where(largest < N, total, float("nan"))
     at = head * splits + split
     gl.store(ml_ptr + at * 2 * R + r, gl.where(m == LOWEST, -float("inf"), m), mask=r < R)
     gl.store(ml_ptr + (at * 2 + 1) * R + r, total, mask=r < R)

@@ -4,6 +4,8 @@ A *stream* is that of keys or of values: pointers to codes and norms, their stri
 where copies are asynchronous, the shared memory of codes, of the high plane of 3 bits, and of norms.
 """
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -60,11 +62,15 @@ def _stream(
 
 @gluon.jit
 def _block(
-    keys, values, block, s, first, stop, pages_ptr, N, missing, LN: gl.constexpr,
+    keys, values, block, s, first, stop, pages_ptr, pages, N, largest, LN: gl.constexpr,
     PAGE: gl.constexpr, K_STRIDE_S: gl.constexpr, V_STRIDE_S: gl.constexpr, D: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Codes, high planes and norms of the block at s, in registers, while the copy of a later one is under way."""
+    """Codes, high planes and norms of the block at s, in registers, while the copy of a later one is under way.
+
+    `pages` are of that later block when given, and of the one behind it when returned: asked for as early as this, none
+    is waited for.
+    """
     K_BYTES: gl.constexpr = _code_bytes(BLOCK_P, K_BITS)
     V_BYTES: gl.constexpr = _code_bytes(BLOCK_P, V_BITS)
     LK: gl.constexpr = _codes_layout(BLOCK_S, K_BYTES)
@@ -73,124 +79,127 @@ def _block(
     LVH: gl.constexpr = _values_layout(BLOCK_S, V_BYTES // 2, 2)
     if STAGES > 1:
         async_copy.wait_group(STAGES - 2)
-        missing = _copies(
-            keys, values, (block + STAGES - 1) % STAGES, s + (STAGES - 1) * BLOCK_S, first, stop, pages_ptr, N, missing,
+        largest = _copies(
+            keys, values, (block + STAGES - 1) % STAGES, s + (STAGES - 1) * BLOCK_S, stop, pages, N, largest,
             PAGE, K_STRIDE_S, V_STRIDE_S, D, K_BITS, V_BITS, BLOCK_S, BLOCK_P,
         )  # fmt: skip
+        pages = _pages(s + STAGES * BLOCK_S, first, stop, pages_ptr, PAGE, BLOCK_S)
         k_codes, k_high, k_norm = _staged(keys, block % STAGES, LK, LKH, LN, K_BITS)
         v_codes, v_high, v_norm = _staged(values, block % STAGES, LV, LVH, LN, V_BITS)
     else:
-        k_codes, k_high, k_norm, exists = _load(
-            keys, s, first, stop, pages_ptr, N, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
+        pages, largest = _existing(pages, N, largest)
+        k_codes, k_high, k_norm = _load(
+            keys, s, stop, pages, LK, LKH, LN, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P
         )
-        v_codes, v_high, v_norm, exists = _load(
-            values, s, first, stop, pages_ptr, N, LV, LVH, LN, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P
+        v_codes, v_high, v_norm = _load(
+            values, s, stop, pages, LV, LVH, LN, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P
         )
-        missing |= gl.where(exists, 0, 1)
-    return k_codes, k_high, k_norm, v_codes, v_high, v_norm, missing
+        pages = _pages(s + BLOCK_S, first, stop, pages_ptr, PAGE, BLOCK_S)
+    return k_codes, k_high, k_norm, v_codes, v_high, v_norm, pages, largest
+
+
+@gluon.constexpr_function
+def _pages_of(PAGE, BLOCK_S):
+    """The most pages on which a block lies that starts at a multiple of BLOCK_S."""
+    return (PAGE - math.gcd(PAGE, BLOCK_S) + BLOCK_S - 1) // PAGE + 1 if PAGE else 0
 
 
 @gluon.jit
-def _pages(
-    s, first, stop, pages_ptr, N, L: gl.constexpr, PAGE: gl.constexpr, BLOCK_S: gl.constexpr,
-):  # fmt: skip
-    """The page of each position of a block, in layout L, and whether it exists; 0 where it does not, or is not seen."""
-    if PAGE == 0:
-        page = gl.zeros([BLOCK_S], gl.int32, L)
-        exists = page == 0
-    elif PAGE % BLOCK_S == 0:
-        page = gl.zeros([BLOCK_S], gl.int32, L) + gl.load(pages_ptr + s // PAGE, mask=s < stop, other=0)
-        exists = (page >= 0) & (page < N)
-    elif BLOCK_S % PAGE == 0:
-        row = gl.arange(0, BLOCK_S, layout=L).reshape([BLOCK_S // PAGE, PAGE])
-        LP: gl.constexpr = gl.SliceLayout(1, row.type.layout)
-        start = s + PAGE * gl.arange(0, BLOCK_S // PAGE, layout=LP)
-        seen = (start + PAGE > first) & (start < stop)
-        page = gl.load(pages_ptr + start // PAGE, mask=seen, other=0)[:, None] + row * 0
-        page = gl.convert_layout(page.reshape([BLOCK_S]), L, assert_trivial=True)
-        exists = (page >= 0) & (page < N)
-    else:
-        position = s + gl.arange(0, BLOCK_S, layout=L)
-        page = gl.load(pages_ptr + position // PAGE, mask=(position >= first) & (position < stop), other=0)
-        exists = (page >= 0) & (page < N)
-    return gl.where(exists, page, 0), exists
+def _pages(s, first, stop, pages_ptr, PAGE: gl.constexpr, BLOCK_S: gl.constexpr):
+    """What the table says of the pages of the block at s, as uint32; 0 for a page of which no position is seen."""
+    pages = ()
+    for i in gl.static_range(_pages_of(PAGE, BLOCK_S)):
+        start = s // PAGE * PAGE + i * PAGE
+        page = gl.load(pages_ptr + s // PAGE + i, mask=(start + PAGE > first) & (start < stop), other=0)
+        pages += (page.to(gl.uint32, bitcast=True),)
+    return pages
 
 
 @gluon.jit
-def _places(s, page, stride_b, L: gl.constexpr, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
-    """Offsets of a block's positions in an array with that stride between pages."""
+def _existing(pages, N, largest):
+    """The same where a page exists, else one that does; and the largest given so far: if it is below N, all exist."""
+    readable = ()
+    for i in gl.static_range(len(pages)):
+        largest = gl.maximum(largest, pages[i])
+        readable += (gl.minimum(pages[i], N - 1),)
+    return readable, largest
+
+
+@gluon.jit
+def _rows(ptr, s, pages, stride_b, L: gl.constexpr, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr):
+    """Pointers and offsets, whose sums are where a block's positions are in an array with that stride between pages."""
     row = gl.arange(0, BLOCK_S, layout=L)
     if PAGE == 0:
-        at = s.to(gl.int64) * STRIDE_S + row * STRIDE_S
-    elif PAGE % BLOCK_S == 0:
-        at = page.to(gl.int64) * stride_b + (s % PAGE) * STRIDE_S + row * STRIDE_S
-    elif BLOCK_S % PAGE == 0:
-        at = page.to(gl.int64) * stride_b + row % PAGE * STRIDE_S
+        ptr += s.to(gl.int64) * STRIDE_S + gl.zeros([BLOCK_S], gl.int64, L)
     else:
-        at = page.to(gl.int64) * stride_b + (s + row) % PAGE * STRIDE_S
-    return at
+        if PAGE % BLOCK_S == 0:
+            ptr += s // BLOCK_S % (PAGE // BLOCK_S) * BLOCK_S * STRIDE_S
+        elif BLOCK_S % PAGE > 0:
+            row += s % PAGE
+        page = pages[0] + gl.zeros([BLOCK_S], gl.uint32, L)
+        for i in gl.static_range(1, len(pages)):
+            page = gl.where(row < i * PAGE, page, pages[i])
+        # A stride of 32 bits as uint32, so that this is one multiplication of 32 by 32 bits.
+        ptr += (page.to(gl.uint64) * (page * 0 + stride_b).to(gl.uint64)).to(gl.int64)
+        row = row % PAGE
+    return ptr, row * STRIDE_S
 
 
 @gluon.jit
 def _copies(
-    keys, values, to, s, first, stop, pages_ptr, N, missing,
+    keys, values, to, s, stop, pages, N, largest,
     PAGE: gl.constexpr, K_STRIDE_S: gl.constexpr, V_STRIDE_S: gl.constexpr, D: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of the block at s into stage `to`, if it is one; `missing` notes pages that do not exist."""
+    """Starts the copy of the block at s into stage `to`, if it is one; what lies from `stop` on is undefined there."""
     if s < stop:
-        LN: gl.constexpr = _norms_copy_layout(BLOCK_S)
-        page, exists = _pages(s, first, stop, pages_ptr, N, LN, PAGE, BLOCK_S)
-        _copy(keys, to, s, page, first, stop, pages_ptr, N, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P)
-        _copy(values, to, s, page, first, stop, pages_ptr, N, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P)
-        missing |= gl.where(exists, 0, 1)
+        pages, largest = _existing(pages, N, largest)
+        if PAGE > 0 or s + BLOCK_S <= stop:  # what is behind `stop` can be read of a page
+            _copy(keys, to, s, stop, pages, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P, True)
+            _copy(values, to, s, stop, pages, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P, True)
+        else:
+            _copy(keys, to, s, stop, pages, PAGE, K_STRIDE_S, D, K_BITS, BLOCK_S, BLOCK_P, False)
+            _copy(values, to, s, stop, pages, PAGE, V_STRIDE_S, D, V_BITS, BLOCK_S, BLOCK_P, False)
     async_copy.commit_group()
-    return missing
+    return largest
 
 
 @gluon.jit
 def _copy(
-    stream, to, s, page, first, stop, pages_ptr, N,
+    stream, to, s, stop, pages,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
-    BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
+    BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """The same of one stream; what lies from `stop` on is undefined there."""
+    """The same of one stream, all of whose positions can be read if WHOLE."""
     codes_ptr, norms_ptr, codes_stride_b, norms_stride_b, codes_smem, high_smem, norms_smem = stream
     LN: gl.constexpr = _norms_copy_layout(BLOCK_S)
     BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
     LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
-    WHOLE: gl.constexpr = 2 * BLOCK_P == D
-    norms_ptr += _places(s, page, norms_stride_b, LN, PAGE, 1, BLOCK_S)
-    low, key, p = _plane(codes_ptr, s, first, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES)
+    ALL: gl.constexpr = WHOLE and 2 * BLOCK_P == D
+    ptr, key, p = _plane(codes_ptr, s, pages, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES)
+    _copy_plane(codes_smem.index(to), ptr, key, p, stop, LIVE, ALL)
     if BITS == 3:
-        high, high_key, high_p = _plane(
-            codes_ptr + LIVE, s, first, stop, pages_ptr, N, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
-        )
-    if s + BLOCK_S <= stop:
-        _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, WHOLE)
-        if BITS == 3:
-            _copy_plane(high_smem.index(to), high, high_key, high_p, stop, D // 8, WHOLE)
+        ptr, key, p = _plane(codes_ptr + LIVE, s, pages, codes_stride_b, PAGE, STRIDE_S, BLOCK_S, BYTES // 2)
+        _copy_plane(high_smem.index(to), ptr, key, p, stop, D // 8, ALL)
+    norms_ptr, at = _rows(norms_ptr, s, pages, norms_stride_b, LN, PAGE, 1, BLOCK_S)
+    norms_ptr += at
+    if WHOLE:
         async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr)
     else:
-        _copy_plane(codes_smem.index(to), low, key, p, stop, LIVE, False)
-        if BITS == 3:
-            _copy_plane(high_smem.index(to), high, high_key, high_p, stop, D // 8, False)
         inside = s + gl.arange(0, BLOCK_S, layout=LN) < stop
         async_copy.async_copy_global_to_shared(norms_smem.index(to), norms_ptr, mask=inside)
 
 
 @gluon.jit
 def _plane(
-    ptr, s, first, stop, pages_ptr, N, stride_b,
-    PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
+    ptr, s, pages, stride_b, PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr
+):
     """Where the bytes [BLOCK_S, BYTES] of a plane are, their positions and places."""
     L: gl.constexpr = _copy_layout(BYTES)
     LR: gl.constexpr = gl.SliceLayout(1, L)
-    page, _ = _pages(s, first, stop, pages_ptr, N, LR, PAGE, BLOCK_S)
-    at = _places(s, page, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
+    ptr, at = _rows(ptr, s, pages, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
-    return ptr + (at[:, None] + p), (s + gl.arange(0, BLOCK_S, layout=LR))[:, None], p
+    return ptr[:, None] + (at[:, None] + p), (s + gl.arange(0, BLOCK_S, layout=LR))[:, None], p
 
 
 @gluon.jit
@@ -206,36 +215,32 @@ def _staged(stream, stage, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr, 
 
 @gluon.jit
 def _load(
-    stream, s, first, stop, pages_ptr, N, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr,
+    stream, s, stop, pages, L: gl.constexpr, LH: gl.constexpr, LN: gl.constexpr,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, D: gl.constexpr, BITS: gl.constexpr,
     BLOCK_S: gl.constexpr, BLOCK_P: gl.constexpr,
 ):  # fmt: skip
-    """The same without shared memory, zeros from `stop` on, and whether the positions' pages exist."""
+    """The same without shared memory, zeros from `stop` on."""
     codes_ptr, norms_ptr, codes_stride_b, norms_stride_b = stream
     BYTES: gl.constexpr = _code_bytes(BLOCK_P, BITS)
     LIVE: gl.constexpr = _code_bytes(D // 2, BITS)
-    codes = _load_bytes(
-        codes_ptr, s, first, stop, pages_ptr, N, codes_stride_b, L, LIVE, PAGE, STRIDE_S, BLOCK_S, BYTES
-    )
+    codes = _load_bytes(codes_ptr, s, stop, pages, codes_stride_b, L, LIVE, PAGE, STRIDE_S, BLOCK_S, BYTES)
     high = codes
     if BITS == 3:
         high = _load_bytes(
-            codes_ptr + LIVE, s, first, stop, pages_ptr, N, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S,
-            BYTES // 2,
-        )  # fmt: skip
-    page, exists = _pages(s, first, stop, pages_ptr, N, LN, PAGE, BLOCK_S)
-    norms_ptr += _places(s, page, norms_stride_b, LN, PAGE, 1, BLOCK_S)
-    return codes, high, gl.load(norms_ptr, mask=s + gl.arange(0, BLOCK_S, layout=LN) < stop, other=0.0), exists
+            codes_ptr + LIVE, s, stop, pages, codes_stride_b, LH, D // 8, PAGE, STRIDE_S, BLOCK_S, BYTES // 2
+        )
+    norms_ptr, at = _rows(norms_ptr, s, pages, norms_stride_b, LN, PAGE, 1, BLOCK_S)
+    norms_ptr += at
+    return codes, high, gl.load(norms_ptr, mask=s + gl.arange(0, BLOCK_S, layout=LN) < stop, other=0.0)
 
 
 @gluon.jit
 def _load_bytes(
-    ptr, s, first, stop, pages_ptr, N, stride_b, L: gl.constexpr, LIVE: gl.constexpr,
+    ptr, s, stop, pages, stride_b, L: gl.constexpr, LIVE: gl.constexpr,
     PAGE: gl.constexpr, STRIDE_S: gl.constexpr, BLOCK_S: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     LR: gl.constexpr = gl.SliceLayout(1, L)
-    page, _ = _pages(s, first, stop, pages_ptr, N, LR, PAGE, BLOCK_S)
-    at = _places(s, page, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
+    ptr, at = _rows(ptr, s, pages, stride_b, LR, PAGE, STRIDE_S, BLOCK_S)
     p = gl.arange(0, BYTES, layout=gl.SliceLayout(0, L))[None, :]
     inside = (s + gl.arange(0, BLOCK_S, layout=LR) < stop)[:, None] & (p < LIVE)
-    return gl.load(ptr + (at[:, None] + p), mask=inside, other=0)
+    return gl.load(ptr[:, None] + (at[:, None] + p), mask=inside, other=0)
