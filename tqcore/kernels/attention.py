@@ -18,12 +18,22 @@ import math
 import triton
 import triton.language as tl
 
-from tqcore.kernels.scores import NOT_FINITE, _finite, _fixed_point, _levels, _load_codes, _plane
+from tqcore.kernels import lookup
+from tqcore.kernels.scores import (
+    NOT_FINITE,
+    _finite,
+    _fixed_point,
+    _indices,
+    _level,
+    _levels,
+    _load_codes,
+    _plane,
+)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 LEAST_NORM, LARGEST_NORM = tl.constexpr(2.0**-110), tl.constexpr(2.0**110)  # of which w / |norm| stays a float32
-SIGN_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: turns bytes from -128..127 into 0..255
+HALF_UNIT = tl.constexpr(2.0**-24)  # the least float16
 
 OWN = tl.constexpr("""{
 .reg .b32 lane;
@@ -33,16 +43,11 @@ shr.s32 lane, lane, 31;
 xor.b32 $0, $1, lane;
 }""")
 
-# Four biased bytes u of $2 as float16: the bits 0x6400 + u are 1024 + u, and 1152 = 1024 + 128.
-TO_HALF = tl.constexpr("""{
-.reg .b32 thousand, bias;
-mov.b32 thousand, 0x64646464;
-mov.b32 bias, 0xE480E480;
-prmt.b32 $0, $2, thousand, 0x4140;
-prmt.b32 $1, $2, thousand, 0x4342;
-add.f16x2 $0, $0, bias;
-add.f16x2 $1, $1, bias;
-}""")
+HIGH_HALVES, LOW_HALVES = tl.constexpr(lookup.HIGH_HALVES), tl.constexpr(lookup.LOW_HALVES)
+HALVES_CONSTRAINTS = tl.constexpr(lookup.HALVES_CONSTRAINTS)
+NIBBLES_2, NIBBLES_3 = tl.constexpr(lookup.NIBBLES[2]), tl.constexpr(lookup.NIBBLES[3])
+NIBBLES_CONSTRAINTS_2 = tl.constexpr(lookup.NIBBLES_CONSTRAINTS[2])
+NIBBLES_CONSTRAINTS_3 = tl.constexpr(lookup.NIBBLES_CONSTRAINTS[3])
 
 
 @triton.jit
@@ -58,13 +63,13 @@ def _apply(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def _words(table_ptr, flipped, length, PTX: tl.constexpr):
-    """The four words of a table, some bits flipped."""
+def _words(table_ptr, length, PTX: tl.constexpr):
+    """The four words of a table."""
     return (
-        _own(tl.load(table_ptr) ^ flipped, length, PTX),
-        _own(tl.load(table_ptr + 1) ^ flipped, length, PTX),
-        _own(tl.load(table_ptr + 2) ^ flipped, length, PTX),
-        _own(tl.load(table_ptr + 3) ^ flipped, length, PTX),
+        _own(tl.load(table_ptr), length, PTX),
+        _own(tl.load(table_ptr + 1), length, PTX),
+        _own(tl.load(table_ptr + 2), length, PTX),
+        _own(tl.load(table_ptr + 3), length, PTX),
     )
 
 
@@ -101,11 +106,55 @@ def _inverse(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _half(biased, PTX: tl.constexpr):
-    """int8 levels as float16, from levels plus 128."""
+def _positive(table_ptr, length, BITS: tl.constexpr, PTX: tl.constexpr):
+    """The two words of the positive levels, what lies past them aside."""
+    if BITS == 4:
+        first, second = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    elif BITS == 3:
+        first, second = tl.load(table_ptr + 1), 0
+    else:
+        first, second = tl.load(table_ptr) >> 16, 0
+    return _own(first, length, PTX), _own(second, length, PTX)
+
+
+@triton.jit
+def _nibbles(codes, high, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Codes of 4 bits of the same levels among sixteen: of 2 and 3 bits, of the first two fields of all bytes, then of
+    the other two."""
+    if BITS == 4:
+        nibbles = codes
+    else:
+        if PTX and BITS == 3:
+            front, back = tl.inline_asm_elementwise(
+                NIBBLES_3, NIBBLES_CONSTRAINTS_3, [codes, high], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+            )
+        elif PTX:
+            front, back = tl.inline_asm_elementwise(
+                NIBBLES_2, NIBBLES_CONSTRAINTS_2, [codes], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+            )
+        else:
+            a, b, c, d = _indices(codes, high)
+            least: tl.constexpr = 8 - 2**BITS // 2
+            front, back = a + least << 4 | b + least, c + least << 4 | d + least
+        nibbles = _beside(front, back)
+    return nibbles
+
+
+@triton.jit
+def _half(codes, w0, w1, LOW: tl.constexpr, PTX: tl.constexpr):
+    """level · 2^-24 of the high or the low nibbles as float16, from the positive levels.
+
+    The assembly is not called pure, though it is: Triton then does not look through it to the loaded bytes, for whose
+    width it would choose a layout of the product's operand that costs a move a register.
+    """
     if PTX:
-        return tl.inline_asm_elementwise(TO_HALF, "=&r,=&r,r", [biased], dtype=tl.float16, is_pure=True, pack=4)
-    return ((biased.to(tl.int32) & 255) - 128).to(tl.float16)
+        return tl.inline_asm_elementwise(
+            LOW_HALVES if LOW else HIGH_HALVES, HALVES_CONSTRAINTS, [codes, w0, w1], dtype=tl.float16, is_pure=False,
+            pack=4,
+        )  # fmt: skip
+    index = codes & 15 if LOW else codes >> 4
+    level = _level(tl.where(index < 8, 7 - index, index - 8), w0, w1, w0, w1).to(tl.float32) * HALF_UNIT
+    return tl.where(index < 8, -level, level).to(tl.float16)
 
 
 @triton.jit
@@ -199,8 +248,8 @@ def attention_kernel(
     factor = scale * tl.load(k_table_ptr + 4).to(tl.float32, bitcast=True) * power
     factor = tl.where(e == NOT_FINITE, float("nan"), factor) * (LOG2_E if SOFT_CAP == 0.0 else 1.0)
     length = tl.load(lengths_ptr + batch)
-    k0, k1, k2, k3 = _words(k_table_ptr, 0, length, PTX)
-    v0, v1, v2, v3 = _words(v_table_ptr, SIGN_BITS, length, PTX)
+    k0, k1, k2, k3 = _words(k_table_ptr, length, PTX)
+    v0, v1 = _positive(v_table_ptr, length, V_BITS, PTX)
 
     # The positions that any row of the block sees, and of those the part of this program.
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -227,11 +276,13 @@ def attention_kernel(
     v_norms_ptr += batch * v_norms_stride_b + kv_head * v_norms_stride_k + place
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
-    out = tl.zeros([2 * BLOCK_P, BLOCK_R], tl.float32)
+    out_even = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+    out_odd = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
     for start in range(0, last - first, BLOCK_S):
         s = start + column
         inside = s < last - first
-        k_code, k_norm, v_code, v_norm = s * K_STRIDE_S, s, s * V_STRIDE_S, s
+        wide = s.to(tl.int64)
+        k_code, k_norm, v_code, v_norm = wide * K_STRIDE_S, wide, wide * V_STRIDE_S, wide
         there = inside
         if PAGE != 0:
             page = tl.load(pages_ptr + (first + s) // PAGE, mask=inside, other=0)
@@ -240,14 +291,17 @@ def attention_kernel(
             k_code, k_norm = page * k_codes_stride_b + slot * K_STRIDE_S, page * k_norms_stride_b + slot
             v_code, v_norm = page * v_codes_stride_b + slot * V_STRIDE_S, page * v_norms_stride_b + slot
         codes, high = _load_codes(k_codes_ptr + k_code[:, None], inside[:, None], D, BLOCK_P, K_BITS, PTX)
-        norm = _finite(tl.load(k_norms_ptr + k_norm, mask=there, other=float("nan")), PTX)
+        norm = tl.load(k_norms_ptr + k_norm, mask=there, other=0.0)
+        if PAGE != 0:
+            norm = tl.where(there | ~inside, norm, float("nan"))
+        norm = _finite(norm, PTX)
         even, odd = _levels(codes, high, k0, k1, k2, k3, K_BITS, PTX)
         products = tl.dot(_beside(even, odd), q.T, out_dtype=tl.int32)
         hi, lo = tl.split(tl.permute(tl.reshape(products, [BLOCK_S, 2, BLOCK_R]), [0, 2, 1]))
-        x = (hi * 128 + lo).to(tl.float32) * (norm[:, None] * factor[None, :])
+        x, unit = (hi * 128 + lo).to(tl.float32), norm[:, None] * factor[None, :]
         if SOFT_CAP != 0.0:
-            x = _soft_cap(x, SOFT_CAP) * LOG2_E
-        seen = inside[:, None] & (r[None, :] < R)
+            x, unit = _soft_cap(x * unit, SOFT_CAP), LOG2_E
+        seen = inside[:, None]
         if CAUSAL:
             seen = seen & ((first + s)[:, None] <= at[None, :])
         if WINDOW:
@@ -257,16 +311,24 @@ def attention_kernel(
         norm = _finite(tl.load(v_norms_ptr + v_norm, mask=there, other=0.0), PTX)
         size = tl.minimum(tl.maximum(tl.abs(norm), LEAST_NORM), LARGEST_NORM)
         inverse = _inverse(size, PTX)
-        y = tl.where(seen, x + _log2(size, PTX)[:, None], float("-inf"))
+        y = tl.fma(x, unit, tl.where(inside, _log2(size, PTX), float("-inf"))[:, None])
+        if CAUSAL or WINDOW:
+            y = tl.where(seen, y, float("-inf"))
         peak = tl.maximum(m, tl.max(y, 0))
         reference = tl.where(peak == float("-inf"), 0.0, peak)
         weights = _exp2(y - reference[None, :], PTX)
         shrink = _exp2(m - reference, PTX)
         total = tl.fma(weights, inverse[:, None], total * shrink[None, :])
-        weights = tl.where(seen, weights * (norm * inverse)[:, None], 0.0).to(tl.float16)
-        even, odd = _levels(codes, high, v0, v1, v2, v3, V_BITS, PTX)
-        levels = _beside(_half(even, PTX), _half(odd, PTX))
-        out = tl.dot(levels.T, weights, out * shrink[None, :])
+        weights = weights * (norm * inverse)[:, None]
+        if CAUSAL or WINDOW:
+            weights = tl.where(seen, weights, 0.0)
+        weights = weights.to(tl.float16)
+        # One product after the other: the operand of both takes the same shared memory.
+        codes = _nibbles(codes, high, V_BITS, PTX)
+        even = _half(codes, v0, v1, False, PTX)
+        out_even = tl.dot(even.T, weights, out_even * shrink[None, :])
+        odd = _half(codes, v0, v1, True, PTX)
+        out_odd = tl.dot(odd.T, weights, out_odd * shrink[None, :])
         m = peak
 
     # m becomes that of the logits alone, so that Σ 2^(x - m) is 1 to 2.
@@ -274,9 +336,11 @@ def attention_kernel(
     exponent = tl.where(total > 0.0, (total.to(tl.int32, bitcast=True) >> 23) - 127, 0)
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     out_row = (head.to(tl.int64) * splits + split) * R + r[None, :]
-    column = tl.arange(0, 2 * BLOCK_P)[:, None]
-    d = 2 * (column % BLOCK_P) + column // BLOCK_P
-    tl.store(out_ptr + out_row * D + d, out * power[None, :], mask=(d < D) & (r[None, :] < R))
+    p = tl.arange(0, BLOCK_P)[:, None]
+    d = 2 * p if V_BITS == 4 else 4 * (p % (BLOCK_P // 2)) + 2 * (p // (BLOCK_P // 2))
+    live = (d < D) & (r[None, :] < R)
+    tl.store(out_ptr + out_row * D + d, out_even * (1.0 / HALF_UNIT) * power[None, :], mask=live)
+    tl.store(out_ptr + out_row * D + d + 1, out_odd * (1.0 / HALF_UNIT) * power[None, :], mask=live)
     ml_ptr += (head.to(tl.int64) * splits + split) * 2 * R
     tl.store(ml_ptr + r, m + exponent, mask=r < R)
     tl.store(ml_ptr + R + r, total * power, mask=r < R)

@@ -9,6 +9,11 @@ one shifted by two bits behind, in turn, are these bytes (`SHIFT`).
 Strings for `inline_asm_elementwise` with pack=4, on operands `codes`, at 3 bits `high`, and WORDS[bits] words of the
 table, which come as tensors of int32: four registers each.
 
+Levels are antisymmetric (docs/format.md): index 8 + k of sixteen has level[8 + k], index 7 - k its negative. So a table
+of eight positive levels gives sign and magnitude, which as the bytes of a float16 are level · 2^-24 (`HIGH_HALVES`,
+`LOW_HALVES`), a subnormal that tensor cores take as any other number. Indices of fewer bits plus 8 - 2^bits / 2 are such indices too,
+with the first positive level in byte 0 (`NIBBLES`).
+
 Source: byte permutes: PTX ISA, `prmt`, `lop3`.
 """
 
@@ -62,6 +67,63 @@ _REGISTERS = (
 
 SHIFT = "shl.b32 $0, $1, 2;"  # four bytes, whose two lowest bits `_OF_3` does not look at
 SHIFT_CONSTRAINTS = "=r,r"
+
+# Of codes of 4 bits and 8 positive levels: of one nibble of each byte, level · 2^-24 in float16. Of `select`, front and
+# back are the magnitudes of two bytes of codes each: low nibble, then high nibble.
+_MAGNITUDES = """
+.reg .b32 codes, pick, select, sign, front, back;
+mov.b32 codes, $2;
+shr.u32 pick, codes, 3;
+and.b32 pick, pick, 0x11111111;
+mul.lo.u32 pick, pick, 7;
+lop3.b32 select, codes, pick, 0x77777777, 0x82;
+prmt.b32 front, $3, $7, select;
+shr.u32 select, select, 16;
+prmt.b32 back, $3, $7, select;
+"""
+HIGH_HALVES = f"""{{{_MAGNITUDES}
+lop3.b32 sign, codes, 0x80808080, 0, 0x0C;
+prmt.b32 $0, front, sign, 0x5341;
+prmt.b32 $1, back, sign, 0x7361;
+}}"""
+LOW_HALVES = f"""{{{_MAGNITUDES}
+shl.b32 sign, codes, 4;
+lop3.b32 sign, sign, 0x80808080, 0, 0x0C;
+prmt.b32 $0, front, sign, 0x5240;
+prmt.b32 $1, back, sign, 0x7260;
+}}"""
+HALVES_CONSTRAINTS = ",".join(["=&r"] * 2 + ["r"] * 9)
+# Of bytes of codes, at 3 bits of the low plane and of `high`: fields 0 and 1, then fields 2 and 3, as codes of 4 bits.
+NIBBLES = {
+    3: """{
+.reg .b32 even, odd, bit;
+shr.u32 even, $2, 2;
+shr.u32 bit, $3, 1;
+and.b32 bit, bit, 0x44444444;
+lop3.b32 even, even, 0x33333333, bit, 0xEA;
+and.b32 bit, $3, 0x44444444;
+lop3.b32 odd, $2, 0x33333333, bit, 0xEA;
+shr.u32 bit, odd, 4;
+lop3.b32 bit, even, bit, 0xF0F0F0F0, 0xE4;
+add.u32 $0, bit, 0x44444444;
+shl.b32 even, even, 4;
+lop3.b32 bit, even, odd, 0xF0F0F0F0, 0xE4;
+add.u32 $1, bit, 0x44444444;
+}""",
+    2: """{
+.reg .b32 even, odd;
+shr.u32 even, $2, 2;
+shr.u32 odd, $2, 4;
+lop3.b32 even, even, odd, 0xF0F0F0F0, 0xE4;
+and.b32 even, even, 0x33333333;
+add.u32 $0, even, 0x66666666;
+shl.b32 even, $2, 2;
+lop3.b32 even, even, $2, 0xF0F0F0F0, 0xE4;
+and.b32 even, even, 0x33333333;
+add.u32 $1, even, 0x66666666;
+}""",
+}
+NIBBLES_CONSTRAINTS = {3: "=&r,=r,r,r", 2: "=&r,=r,r"}
 
 
 def in_order(bits: int) -> str:
