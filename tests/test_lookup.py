@@ -144,12 +144,13 @@ def halves(bits, changed=lambda text: text):
     indices, operands = coordinates(bits)
     half = 2**bits // 2
     levels = np.append(-positive[:half][::-1], positive[:half])[indices]
-    nibbles = operands if bits == 4 else execute(changed(lookup.NIBBLES[bits]), 2, *operands)
-    words = [np.full((len(indices), 4), word, np.int32) for word in positive.view(np.int32)]
+    nibbles = operands if bits == 4 else [execute(changed(text), 1, *operands)[0] for text in lookup.NIBBLES[bits]]
+    magnitudes = positive if bits == 4 else np.append(positive[:4][::-1], positive[:4])
+    words = [np.full((len(indices), 4), word, np.int32) for word in magnitudes.view(np.int32)]
     found = [
         np.stack(execute(changed(text), 2, np.ascontiguousarray(codes), *words), 1).reshape(-1, 8).view(np.float16)
         for codes in nibbles
-        for text in (lookup.HIGH_HALVES, lookup.LOW_HALVES)
+        for text in lookup.HALVES[bits]
     ]
     return levels, np.stack(found, -1).astype(np.float32) * 2.0**24
 
@@ -167,14 +168,14 @@ def test_halves(bits):
         (4, "pick, pick, 7", "pick, pick, 3"),
         (4, "0x82", "0x28"),
         (4, "0x5341", "0x4341"),
-        (3, "0x44444444;\n}", "0x44444440;\n}"),
         (3, "odd, 4", "odd, 8"),
-        (2, "0x66666666", "0x77777777"),
+        (3, "$2, 5", "$2, 4"),
+        (2, "0x22222222", "0x22222223"),
         (2, "0xE4", "0xCA"),
     ],
 )
 def test_wrong_halves_are_seen(bits, right, false):
-    texts = lookup.HIGH_HALVES, lookup.NIBBLES.get(bits, "")
+    texts = *lookup.HALVES[bits], *lookup.NIBBLES.get(bits, ())
     assert any(right in text for text in texts)
     levels, found = halves(bits, lambda text: text.replace(right, false))
     assert np.any(found != levels)
@@ -183,9 +184,8 @@ def test_wrong_halves_are_seen(bits, right, false):
 @pytest.mark.parametrize("bits", lookup.NIBBLES)
 def test_operands_of_nibbles_are_as_many_as_constraints(bits):
     for text, constraints in (
-        (lookup.NIBBLES[bits], lookup.NIBBLES_CONSTRAINTS[bits]),
-        (lookup.HIGH_HALVES, lookup.HALVES_CONSTRAINTS),
-        (lookup.LOW_HALVES, lookup.HALVES_CONSTRAINTS),
+        *((text, lookup.NIBBLES_CONSTRAINTS[bits]) for text in lookup.NIBBLES[bits]),
+        *((text, lookup.HALVES_CONSTRAINTS) for text in lookup.HALVES[bits]),
     ):
         assert max(int(number) for number in re.findall(r"\$(\d+)", text)) < len(constraints.split(","))
 

@@ -43,11 +43,12 @@ shr.s32 lane, lane, 31;
 xor.b32 $0, $1, lane;
 }""")
 
-HIGH_HALVES, LOW_HALVES = tl.constexpr(lookup.HIGH_HALVES), tl.constexpr(lookup.LOW_HALVES)
+HIGH_HALVES_2, LOW_HALVES_2, HIGH_HALVES_4, LOW_HALVES_4 = (
+    tl.constexpr(text) for bits in (2, 4) for text in lookup.HALVES[bits]
+)
 HALVES_CONSTRAINTS = tl.constexpr(lookup.HALVES_CONSTRAINTS)
-NIBBLES_2, NIBBLES_3 = tl.constexpr(lookup.NIBBLES[2]), tl.constexpr(lookup.NIBBLES[3])
-NIBBLES_CONSTRAINTS_2 = tl.constexpr(lookup.NIBBLES_CONSTRAINTS[2])
-NIBBLES_CONSTRAINTS_3 = tl.constexpr(lookup.NIBBLES_CONSTRAINTS[3])
+FRONT_2, BACK_2, FRONT_3, BACK_3 = (tl.constexpr(text) for bits in (2, 3) for text in lookup.NIBBLES[bits])
+NIBBLES_2, NIBBLES_3 = (tl.constexpr(lookup.NIBBLES_CONSTRAINTS[bits]) for bits in (2, 3))
 
 
 @triton.jit
@@ -106,55 +107,56 @@ def _inverse(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _positive(table_ptr, length, BITS: tl.constexpr, PTX: tl.constexpr):
-    """The two words of the positive levels, what lies past them aside."""
+def _magnitudes(table_ptr, length, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Two words: the positive levels of sixteen, or those of fewer after the same reversed."""
     if BITS == 4:
         first, second = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-    elif BITS == 3:
-        first, second = tl.load(table_ptr + 1), 0
     else:
-        first, second = tl.load(table_ptr) >> 16, 0
+        second = tl.load(table_ptr + 1) if BITS == 3 else tl.load(table_ptr) >> 16
+        first = (second >> 24) | (second >> 8 & 0xFF00) | (second << 8 & 0xFF0000) | second << 24
     return _own(first, length, PTX), _own(second, length, PTX)
 
 
 @triton.jit
 def _nibbles(codes, high, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Codes of 4 bits of the same levels among sixteen: of 2 and 3 bits, of the first two fields of all bytes, then of
-    the other two."""
+    """Two indices a byte; at 2 and 3 bits plus 4 - 2^BITS / 2, of fields 0 and 1 of all bytes, then of fields 2 and 3."""
     if BITS == 4:
         nibbles = codes
     else:
         if PTX and BITS == 3:
-            front, back = tl.inline_asm_elementwise(
-                NIBBLES_3, NIBBLES_CONSTRAINTS_3, [codes, high], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
-            )
+            front = tl.inline_asm_elementwise(FRONT_3, NIBBLES_3, [codes, high], dtype=tl.uint8, is_pure=True, pack=4)
+            back = tl.inline_asm_elementwise(BACK_3, NIBBLES_3, [codes, high], dtype=tl.uint8, is_pure=True, pack=4)
         elif PTX:
-            front, back = tl.inline_asm_elementwise(
-                NIBBLES_2, NIBBLES_CONSTRAINTS_2, [codes], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
-            )
+            front = tl.inline_asm_elementwise(FRONT_2, NIBBLES_2, [codes], dtype=tl.uint8, is_pure=True, pack=4)
+            back = tl.inline_asm_elementwise(BACK_2, NIBBLES_2, [codes], dtype=tl.uint8, is_pure=True, pack=4)
         else:
             a, b, c, d = _indices(codes, high)
-            least: tl.constexpr = 8 - 2**BITS // 2
+            least: tl.constexpr = 4 - 2**BITS // 2
             front, back = a + least << 4 | b + least, c + least << 4 | d + least
         nibbles = _beside(front, back)
     return nibbles
 
 
 @triton.jit
-def _half(codes, w0, w1, LOW: tl.constexpr, PTX: tl.constexpr):
-    """level · 2^-24 of the high or the low nibbles as float16, from the positive levels.
+def _half(nibbles, w0, w1, LOW: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """level · 2^-24 of the high or the low nibbles as float16.
 
     The assembly is not called pure, though it is: Triton then does not look through it to the loaded bytes, for whose
     width it would choose a layout of the product's operand that costs a move a register.
     """
     if PTX:
-        return tl.inline_asm_elementwise(
-            LOW_HALVES if LOW else HIGH_HALVES, HALVES_CONSTRAINTS, [codes, w0, w1], dtype=tl.float16, is_pure=False,
-            pack=4,
-        )  # fmt: skip
-    index = codes & 15 if LOW else codes >> 4
-    level = _level(tl.where(index < 8, 7 - index, index - 8), w0, w1, w0, w1).to(tl.float32) * HALF_UNIT
-    return tl.where(index < 8, -level, level).to(tl.float16)
+        of_16: tl.constexpr = LOW_HALVES_4 if LOW else HIGH_HALVES_4
+        of_8: tl.constexpr = LOW_HALVES_2 if LOW else HIGH_HALVES_2
+        half = tl.inline_asm_elementwise(
+            of_16 if BITS == 4 else of_8, HALVES_CONSTRAINTS, [nibbles, w0, w1], dtype=tl.float16, is_pure=False, pack=4
+        )
+    else:
+        index = nibbles & 15 if LOW else nibbles >> 4
+        sign_bit: tl.constexpr = 8 if BITS == 4 else 4
+        byte = tl.where(index < 8, 7 - index, index - 8) if BITS == 4 else index
+        level = _level(byte, w0, w1, w0, w1).to(tl.float32) * HALF_UNIT
+        half = tl.where(index < sign_bit, -level, level).to(tl.float16)
+    return half
 
 
 @triton.jit
@@ -249,7 +251,7 @@ def attention_kernel(
     factor = tl.where(e == NOT_FINITE, float("nan"), factor) * (LOG2_E if SOFT_CAP == 0.0 else 1.0)
     length = tl.load(lengths_ptr + batch)
     k0, k1, k2, k3 = _words(k_table_ptr, length, PTX)
-    v0, v1 = _positive(v_table_ptr, length, V_BITS, PTX)
+    v0, v1 = _magnitudes(v_table_ptr, length, V_BITS, PTX)
 
     # The positions that any row of the block sees, and of those the part of this program.
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -324,10 +326,10 @@ def attention_kernel(
             weights = tl.where(seen, weights, 0.0)
         weights = weights.to(tl.float16)
         # One product after the other: the operand of both takes the same shared memory.
-        codes = _nibbles(codes, high, V_BITS, PTX)
-        even = _half(codes, v0, v1, False, PTX)
+        nibbles = _nibbles(codes, high, V_BITS, PTX)
+        even = _half(nibbles, v0, v1, False, V_BITS, PTX)
         out_even = tl.dot(even.T, weights, out_even * shrink[None, :])
-        odd = _half(codes, v0, v1, True, PTX)
+        odd = _half(nibbles, v0, v1, True, V_BITS, PTX)
         out_odd = tl.dot(odd.T, weights, out_odd * shrink[None, :])
         m = peak
 
