@@ -79,7 +79,7 @@ def _magnitudes(table_ref, bits):
 
 
 def _nibbles(codes, high, bits, ptx):
-    """Two indices a byte; at 2 and 3 bits plus 4 - 2^bits / 2, of fields 0 and 1 of all bytes, then of fields 2 and 3."""
+    """Two indices a byte; at 2 and 3 bits plus 4 - 2^bits / 2, of fields 0 and 1 of all bytes, then of the others."""
     if bits == 4:
         return codes
     if ptx:

@@ -8,7 +8,8 @@ joins the parts and rotates the values back. Its Pallas twin is `tqjax/pallas_at
     y[s, r] = x[s, r] + log2 |norm[s]|      w[s, r] = 2^(y[s, r] - max y)      x: logits, in units of log 2
 
 Weights w of values are at most 1, whatever their norms, so that float16 holds them; the softmax's own sum is that of
-w / |norm|. Positions that a row does not see are left out by a selection after every product.
+w / |norm|. Positions past the last weigh 2^-∞; those that only other rows see are left out by a selection after every
+product.
 
 Source: Dao, FlashAttention-2, arXiv:2307.08691; the exact integer score of docs/format.md.
 """
@@ -119,7 +120,7 @@ def _magnitudes(table_ptr, length, BITS: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _nibbles(codes, high, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Two indices a byte; at 2 and 3 bits plus 4 - 2^BITS / 2, of fields 0 and 1 of all bytes, then of fields 2 and 3."""
+    """Two indices a byte; at 2 and 3 bits plus 4 - 2^BITS / 2, of fields 0 and 1 of all bytes, then of the others."""
     if BITS == 4:
         nibbles = codes
     else:
