@@ -9,10 +9,10 @@ one shifted by two bits behind, in turn, are these bytes (`SHIFT`).
 Strings for `inline_asm_elementwise` with pack=4, on operands `codes`, at 3 bits `high`, and WORDS[bits] words of the
 table, which come as tensors of int32: four registers each.
 
-Levels are antisymmetric (docs/format.md), so that sign and magnitude give each: as the bytes of a float16
-level · 2^-24, a subnormal, which tensor cores take as any other number (`HALVES`). At 4 bits index 8 + k is positive level k, index
-7 - k its negative, and two words hold the positive levels. Indices of fewer bits plus 4 - 2^bits / 2 (`NIBBLES`) number
-the bytes of a word of positive levels and, before it, of the same reversed.
+Levels are antisymmetric (docs/format.md), so that sign and magnitude give each: as the bytes of a float16 level ·
+2^-24, a subnormal which tensor cores take as any other number (`HALVES`). At 4 bits index 8 + k is positive level k,
+index 7 - k its negative, and two words hold the positive levels. Indices of fewer bits plus 4 - 2^bits / 2 (`NIBBLES`)
+number the bytes of a word of positive levels and, before it, of the same reversed.
 
 Source: byte permutes: PTX ISA, `prmt`, `lop3`.
 """
