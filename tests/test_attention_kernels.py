@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_lookup
 import torch
 from attention_cases import CAUSAL, PLAIN, attention_inputs, attention_oracle
 from backends import (
@@ -134,19 +133,6 @@ def test_compiles(in_compiling_process, kernel, capability, shape, record_proper
         assert "prmt.b32" in ptx and "ex2.approx" in ptx and ("cp.async" in ptx or shape[0] == 80)
     if capability == 90 and shape[2] <= 16:
         assert taken.spill_bytes <= (MOST_SPILLED if shape[4] and kernel is triton_kernel else 0)
-
-
-def test_levels_as_float16(monkeypatch):
-    def add(a, b):
-        return (a.view(np.float16) + b.view(np.float16)).view(np.uint32)
-
-    monkeypatch.setitem(test_lookup.INSTRUCTIONS, "add.f16x2", add)
-    levels = np.arange(-128, 128).astype(np.int8)
-    biased = (levels.view(np.uint32) ^ np.uint32(0x80808080)).view(np.uint8).reshape(-1, 4)
-    halves = test_lookup.execute(attention.TO_HALF.value, 2, biased)
-    got = np.stack(halves, 1).reshape(-1).view(np.float16)
-    np.testing.assert_array_equal(got, levels.astype(np.float16))
-    assert attention.SIGN_BITS.value == np.uint32(0x80808080).view(np.int32)
 
 
 @pytest.mark.parametrize("kernel", ["attention", "gluon_attention"])

@@ -36,6 +36,8 @@ def lop3(a, b, c, table):
 
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
+    "mul.lo.u32": np.multiply,
+    "add.u32": np.add,
     "and.b32": np.bitwise_and,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
@@ -64,8 +66,8 @@ def execute(text, results, *operands):
     return [registers[f"${i}"].view(np.int8).reshape(-1, 4) for i in range(results)]
 
 
-def given(bits, text, results):
-    """(codes [n, 4] of random coordinates, their levels [n, 4, fields], the results of a look-up)."""
+def coordinates(bits):
+    """Random indices [n, 4, fields], and the operands of bytes that hold them."""
     indices = RNG.integers(0, 2**bits, (4096, 8 if bits == 4 else 32), dtype=np.uint8)
     packed = pack(indices, np, bits)
     codes = packed if bits != 3 else np.ascontiguousarray(packed[:, :8])
@@ -75,10 +77,15 @@ def given(bits, text, results):
         plane = packed[:, 8:].reshape(-1, 4)
         (shifted,) = execute(lookup.SHIFT, 1, np.ascontiguousarray(plane))
         operands.append(np.stack([plane, shifted.view(np.uint8)], -1).reshape(-1, 4))
+    return indices.reshape(-1, count, lookup.FIELDS[bits]).reshape(-1, 4, lookup.FIELDS[bits]), operands
+
+
+def given(bits, text, results):
+    """(codes [n, 4] of random coordinates, their levels [n, 4, fields], the results of a look-up)."""
+    indices, operands = coordinates(bits)
     words = TABLE.view(np.int32)[: lookup.WORDS[bits]]
     operands += [np.full((len(operands[0]), 4), word, np.int32) for word in words]
-    levels = TABLE[indices].reshape(-1, count, lookup.FIELDS[bits]).reshape(-1, 4, lookup.FIELDS[bits])
-    return operands[0], levels, execute(text, results, *operands)
+    return operands[0], TABLE[indices], execute(text, results, *operands)
 
 
 def wrong(bits, text):
@@ -129,6 +136,58 @@ def test_wrong_look_ups_are_seen(bits, right, false):
     text = lookup.in_order(bits)
     assert right in text and len(wrong(bits, text)) == 0
     assert len(wrong(bits, text.replace(right, false))) > 0
+
+
+def halves(bits, changed=lambda text: text):
+    """Levels of random coordinates [n, 4, fields], and what the look-up of float16 makes of them, times 2^24."""
+    positive = np.array([6, 18, 30, 43, 57, 73, 93, 127], np.int8)
+    indices, operands = coordinates(bits)
+    half = 2**bits // 2
+    levels = np.append(-positive[:half][::-1], positive[:half])[indices]
+    nibbles = operands if bits == 4 else [execute(changed(text), 1, *operands)[0] for text in lookup.NIBBLES[bits]]
+    magnitudes = positive if bits == 4 else np.append(positive[:4][::-1], positive[:4])
+    words = [np.full((len(indices), 4), word, np.int32) for word in magnitudes.view(np.int32)]
+    found = [
+        np.stack(execute(changed(text), 2, np.ascontiguousarray(codes), *words), 1).reshape(-1, 8).view(np.float16)
+        for codes in nibbles
+        for text in lookup.HALVES[bits]
+    ]
+    return levels, np.stack(found, -1).astype(np.float32) * 2.0**24
+
+
+@pytest.mark.parametrize("bits", lookup.BITS)
+def test_halves(bits):
+    levels, found = halves(bits)
+    assert len(np.unique(levels)) == 2**bits
+    np.testing.assert_array_equal(found, levels)
+
+
+@pytest.mark.parametrize(
+    ("bits", "right", "false"),
+    [
+        (4, "pick, pick, 7", "pick, pick, 3"),
+        (4, "0x82", "0x28"),
+        (4, "0x5341", "0x4341"),
+        (3, "odd, 4", "odd, 8"),
+        (3, "$2, 5", "$2, 4"),
+        (2, "0x22222222", "0x22222223"),
+        (2, "0xE4", "0xCA"),
+    ],
+)
+def test_wrong_halves_are_seen(bits, right, false):
+    texts = *lookup.HALVES[bits], *lookup.NIBBLES.get(bits, ())
+    assert any(right in text for text in texts)
+    levels, found = halves(bits, lambda text: text.replace(right, false))
+    assert np.any(found != levels)
+
+
+@pytest.mark.parametrize("bits", lookup.NIBBLES)
+def test_operands_of_nibbles_are_as_many_as_constraints(bits):
+    for text, constraints in (
+        *((text, lookup.NIBBLES_CONSTRAINTS[bits]) for text in lookup.NIBBLES[bits]),
+        *((text, lookup.HALVES_CONSTRAINTS) for text in lookup.HALVES[bits]),
+    ):
+        assert max(int(number) for number in re.findall(r"\$(\d+)", text)) < len(constraints.split(","))
 
 
 def test_registers_are_named():

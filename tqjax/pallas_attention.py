@@ -19,15 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, softmax, tuning
+from tqcore.kernels import lookup
 from tqjax import device, partition, xla
 from tqjax.pallas_scores import (
     MAX_INDEXED_BYTES,
     NOT_FINITE,
+    _assembly,
     _bits,
     _dot,
     _finite,
     _fixed_point,
     _float,
+    _indices,
+    _level,
     _levels,
     _load_codes,
     _plane,
@@ -35,19 +39,8 @@ from tqjax.pallas_scores import (
 
 LOG2_E = math.log2(math.e)
 LEAST_NORM, LARGEST_NORM = 2.0**-110, 2.0**110  # of which w / |norm| stays a float32
-SIGN_BITS = np.int32(-0x7F7F7F80)  # 0x80808080: turns bytes from -128..127 into 0..255
+HALF_UNIT = np.float32(2.0**-24)  # the least float16
 NAN, NOTHING = np.float32(np.nan), np.float32(-np.inf)
-
-# Four biased bytes u of $2 as float16: the bits 0x6400 + u are 1024 + u, and 1152 = 1024 + 128.
-HALF = """{
-.reg .b32 thousand, bias;
-mov.b32 thousand, 0x64646464;
-mov.b32 bias, 0xE480E480;
-prmt.b32 $0, $2, thousand, 0x4140;
-prmt.b32 $1, $2, thousand, 0x4342;
-add.f16x2 $0, $0, bias;
-add.f16x2 $1, $1, bias;
-}"""
 
 
 def _beside(even, odd):
@@ -77,14 +70,43 @@ def _inverse(x, ptx):
     return _apply(x, "rcp.approx.ftz.f32 $0, $1;") if ptx else 1.0 / x
 
 
-def _half(biased, ptx):
-    """int8 levels as float16, from levels plus 128."""
+def _magnitudes(table_ref, bits):
+    """Two words: the positive levels of sixteen, or those of fewer after the same reversed."""
+    if bits == 4:
+        return table_ref[2], table_ref[3]
+    word = table_ref[1] if bits == 3 else table_ref[0] >> 16
+    return word >> 24 | (word >> 8 & 0xFF00) | (word << 8 & 0xFF0000) | word << 24, word
+
+
+def _nibbles(codes, high, bits, ptx):
+    """Two indices a byte; at 2 and 3 bits plus 4 - 2^bits / 2, of fields 0 and 1 of all bytes, then of the others."""
+    if bits == 4:
+        return codes
     if ptx:
-        shape = jax.ShapeDtypeStruct(biased.shape, jnp.float16)
+        arguments = [codes, *([high] if bits == 3 else [])]
+        front, back = (
+            _assembly(text, lookup.NIBBLES_CONSTRAINTS[bits], *arguments).astype(jnp.uint8)
+            for text in lookup.NIBBLES[bits]
+        )
+    else:
+        a, b, c, d = (index + (4 - 2**bits // 2) for index in _indices(codes, high))
+        front, back = a << 4 | b, c << 4 | d
+    return _beside(front, back)
+
+
+def _half(nibbles, words, low, bits, ptx):
+    """level · 2^-24 of the high or the low nibbles as float16."""
+    if ptx:
+        shape = jax.ShapeDtypeStruct(nibbles.shape, jnp.float16)
+        arguments = [nibbles, *(jnp.broadcast_to(word, nibbles.shape) for word in words)]
         return plgpu.elementwise_inline_asm(
-            HALF, args=[biased], constraints="=&r,=&r,r", pack=4, result_shape_dtypes=[shape]
-        )[0]
-    return ((biased.astype(jnp.int32) & 255) - 128).astype(jnp.float16)
+            lookup.HALVES[bits][low], args=arguments, constraints=lookup.HALVES_CONSTRAINTS, pack=4,
+            result_shape_dtypes=[shape],
+        )[0]  # fmt: skip
+    index = nibbles & 15 if low else nibbles >> 4
+    byte = jnp.where(index < 8, 7 - index, index - 8) if bits == 4 else index
+    level = _level(byte, [*words, *words]).astype(jnp.float32) * HALF_UNIT
+    return jnp.where(index < (8 if bits == 4 else 4), -level, level).astype(jnp.float16)
 
 
 def _query(q_ref, row, block_p):
@@ -136,7 +158,7 @@ def _attention_kernel(
     factor = np.float32(options.scale) * _float(k_table_ref[4]) * _float((e + 127) << 23)
     factor = jnp.where(e == NOT_FINITE, NAN, factor) * np.float32(1.0 if options.soft_cap else LOG2_E)
     k_words = [k_table_ref[word] for word in range(4)]
-    v_words = [v_table_ref[word] ^ SIGN_BITS for word in range(4)]
+    v_words = _magnitudes(v_table_ref, bits[1])
 
     # The positions that any row of the block sees, and of those the part of this program.
     r = pl.program_id(2) * block_r + jnp.arange(block_r)
@@ -165,13 +187,16 @@ def _attention_kernel(
             there = inside & (number >= 0) & (number < pool)
             slot = (jnp.where(there, number, 0) * kv_heads + kv_head) * page + s % page
         codes, high = _load_codes(k_codes_ref, slot[:, None], inside[:, None], D, block_p, bits[0], ptx)
-        norm = _finite(plgpu.load(k_norms_ref.at[slot], mask=there, other=NAN), ptx)
+        norm = plgpu.load(k_norms_ref.at[slot], mask=there, other=0.0)
+        if page:
+            norm = jnp.where(there | ~inside, norm, NAN)
+        norm = _finite(norm, ptx)
         levels = _beside(*_levels(codes, high, k_words, bits[0], ptx))
         hi, lo = jnp.split(_dot(levels, q), 2, axis=1)
         x = (hi * 128 + lo).astype(jnp.float32) * (norm[:, None] * factor[None, :])
         if options.soft_cap:
             x = _soft_cap(x, options.soft_cap, ptx) * LOG2_E
-        seen = inside[:, None] & (r[None, :] < R)
+        seen = inside[:, None]
         if options.is_causal:
             seen = seen & (s[:, None] <= at[None, :])
         if options.window:
@@ -181,15 +206,20 @@ def _attention_kernel(
         norm = _finite(plgpu.load(v_norms_ref.at[slot], mask=there, other=0.0), ptx)
         size = jnp.minimum(jnp.maximum(jnp.where(norm == norm, jnp.abs(norm), 1.0), LEAST_NORM), LARGEST_NORM)
         inverse = _inverse(size, ptx)
-        y = jnp.where(seen, x + _log2(size, ptx)[:, None], NOTHING)
+        y = x + jnp.where(inside, _log2(size, ptx), NOTHING)[:, None]
+        if options.is_causal or options.window:
+            y = jnp.where(seen, y, NOTHING)
         peak = jnp.maximum(m, jnp.max(y, axis=0))
         reference = jnp.where(peak == NOTHING, 0.0, peak)
         weights, shrink = _exp2(y - reference[None, :], ptx), _exp2(m - reference, ptx)
         total = total * shrink[None, :] + weights * inverse[:, None]
-        weights = jnp.where(seen, weights * (norm * inverse)[:, None], 0.0).astype(jnp.float16)
-        even, odd = _levels(codes, high, v_words, bits[1], ptx)
-        out_even = out_even * shrink[None, :] + _dot_values(_half(even, ptx), weights)
-        out_odd = out_odd * shrink[None, :] + _dot_values(_half(odd, ptx), weights)
+        weights = weights * (norm * inverse)[:, None]
+        if options.is_causal or options.window:
+            weights = jnp.where(seen, weights, 0.0)
+        weights = weights.astype(jnp.float16)
+        nibbles = _nibbles(codes, high, bits[1], ptx)
+        out_even = out_even * shrink[None, :] + _dot_values(_half(nibbles, v_words, False, bits[1], ptx), weights)
+        out_odd = out_odd * shrink[None, :] + _dot_values(_half(nibbles, v_words, True, bits[1], ptx), weights)
         return peak, total, out_even, out_odd
 
     zeros = jnp.zeros((block_p, block_r), jnp.float32)
@@ -202,9 +232,10 @@ def _attention_kernel(
     exponent = jnp.where(total > 0.0, (_bits(total) >> 23) - 127, 0)
     power = _float((127 - exponent) << 23)
     p = jnp.arange(block_p)[:, None]
-    live = (p < D // 2) & (r[None, :] < R)
-    plgpu.store(out_ref.at[r[None, :], 2 * p], out_even * power[None, :], mask=live)
-    plgpu.store(out_ref.at[r[None, :], 2 * p + 1], out_odd * power[None, :], mask=live)
+    d = 2 * p if bits[1] == 4 else 4 * (p % (block_p // 2)) + 2 * (p // (block_p // 2))
+    live = (d < D) & (r[None, :] < R)
+    plgpu.store(out_ref.at[r[None, :], d], out_even * (1 / HALF_UNIT) * power[None, :], mask=live)
+    plgpu.store(out_ref.at[r[None, :], d + 1], out_odd * (1 / HALF_UNIT) * power[None, :], mask=live)
     plgpu.store(ml_ref.at[jnp.zeros_like(r), r], m + exponent.astype(jnp.float32), mask=r < R)
     plgpu.store(ml_ref.at[jnp.ones_like(r), r], total * power, mask=r < R)
 

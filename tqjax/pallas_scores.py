@@ -61,16 +61,21 @@ def _levels(codes, high, words, bits, ptx):
     elif bits == 4:
         fields = [_level(codes >> 4, words), _level(codes & 15, words)]
     else:
-        fields = [
-            _level(codes >> 6 | (high >> 5 & 4), words),
-            _level((codes >> 4 & 3) | (high >> 4 & 4), words),
-            _level((codes >> 2 & 3) | (high >> 1 & 4), words),
-            _level((codes & 3) | (high & 4), words),
-        ]
+        fields = [_level(index, words) for index in _indices(codes, high)]
     if bits == 4:
         return fields
     shape = codes.shape[0], 2 * codes.shape[1]
     return jnp.stack(fields[::2], -1).reshape(shape), jnp.stack(fields[1::2], -1).reshape(shape)
+
+
+def _indices(codes, high):
+    """The four indices of each byte of a low plane and of what `_load_codes` puts beside it."""
+    return (
+        codes >> 6 | (high >> 5 & 4),
+        (codes >> 4 & 3) | (high >> 4 & 4),
+        (codes >> 2 & 3) | (high >> 1 & 4),
+        (codes & 3) | (high & 4),
+    )
 
 
 def _assembly(text, constraints, *arguments):

@@ -8,7 +8,8 @@ joins the parts and rotates the values back. Its Pallas twin is `tqjax/pallas_at
     y[s, r] = x[s, r] + log2 |norm[s]|      w[s, r] = 2^(y[s, r] - max y)      x: logits, in units of log 2
 
 Weights w of values are at most 1, whatever their norms, so that float16 holds them; the softmax's own sum is that of
-w / |norm|. Positions that a row does not see are left out by a selection after every product.
+w / |norm|. Positions past the last weigh 2^-∞; those that only other rows see are left out by a selection after every
+product.
 
 Source: Dao, FlashAttention-2, arXiv:2307.08691; the exact integer score of docs/format.md.
 """
@@ -18,12 +19,22 @@ import math
 import triton
 import triton.language as tl
 
-from tqcore.kernels.scores import NOT_FINITE, _finite, _fixed_point, _levels, _load_codes, _plane
+from tqcore.kernels import lookup
+from tqcore.kernels.scores import (
+    NOT_FINITE,
+    _finite,
+    _fixed_point,
+    _indices,
+    _level,
+    _levels,
+    _load_codes,
+    _plane,
+)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 LEAST_NORM, LARGEST_NORM = tl.constexpr(2.0**-110), tl.constexpr(2.0**110)  # of which w / |norm| stays a float32
-SIGN_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: turns bytes from -128..127 into 0..255
+HALF_UNIT = tl.constexpr(2.0**-24)  # the least float16
 
 OWN = tl.constexpr("""{
 .reg .b32 lane;
@@ -33,16 +44,12 @@ shr.s32 lane, lane, 31;
 xor.b32 $0, $1, lane;
 }""")
 
-# Four biased bytes u of $2 as float16: the bits 0x6400 + u are 1024 + u, and 1152 = 1024 + 128.
-TO_HALF = tl.constexpr("""{
-.reg .b32 thousand, bias;
-mov.b32 thousand, 0x64646464;
-mov.b32 bias, 0xE480E480;
-prmt.b32 $0, $2, thousand, 0x4140;
-prmt.b32 $1, $2, thousand, 0x4342;
-add.f16x2 $0, $0, bias;
-add.f16x2 $1, $1, bias;
-}""")
+HIGH_HALVES_2, LOW_HALVES_2, HIGH_HALVES_4, LOW_HALVES_4 = (
+    tl.constexpr(text) for bits in (2, 4) for text in lookup.HALVES[bits]
+)
+HALVES_CONSTRAINTS = tl.constexpr(lookup.HALVES_CONSTRAINTS)
+FRONT_2, BACK_2, FRONT_3, BACK_3 = (tl.constexpr(text) for bits in (2, 3) for text in lookup.NIBBLES[bits])
+NIBBLES_2, NIBBLES_3 = (tl.constexpr(lookup.NIBBLES_CONSTRAINTS[bits]) for bits in (2, 3))
 
 
 @triton.jit
@@ -58,13 +65,13 @@ def _apply(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def _words(table_ptr, flipped, length, PTX: tl.constexpr):
-    """The four words of a table, some bits flipped."""
+def _words(table_ptr, length, PTX: tl.constexpr):
+    """The four words of a table."""
     return (
-        _own(tl.load(table_ptr) ^ flipped, length, PTX),
-        _own(tl.load(table_ptr + 1) ^ flipped, length, PTX),
-        _own(tl.load(table_ptr + 2) ^ flipped, length, PTX),
-        _own(tl.load(table_ptr + 3) ^ flipped, length, PTX),
+        _own(tl.load(table_ptr), length, PTX),
+        _own(tl.load(table_ptr + 1), length, PTX),
+        _own(tl.load(table_ptr + 2), length, PTX),
+        _own(tl.load(table_ptr + 3), length, PTX),
     )
 
 
@@ -101,11 +108,56 @@ def _inverse(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _half(biased, PTX: tl.constexpr):
-    """int8 levels as float16, from levels plus 128."""
+def _magnitudes(table_ptr, length, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Two words: the positive levels of sixteen, or those of fewer after the same reversed."""
+    if BITS == 4:
+        first, second = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+    else:
+        second = tl.load(table_ptr + 1) if BITS == 3 else tl.load(table_ptr) >> 16
+        first = (second >> 24) | (second >> 8 & 0xFF00) | (second << 8 & 0xFF0000) | second << 24
+    return _own(first, length, PTX), _own(second, length, PTX)
+
+
+@triton.jit
+def _nibbles(codes, high, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Two indices a byte; at 2 and 3 bits plus 4 - 2^BITS / 2, of fields 0 and 1 of all bytes, then of the others."""
+    if BITS == 4:
+        nibbles = codes
+    else:
+        if PTX and BITS == 3:
+            front = tl.inline_asm_elementwise(FRONT_3, NIBBLES_3, [codes, high], dtype=tl.uint8, is_pure=True, pack=4)
+            back = tl.inline_asm_elementwise(BACK_3, NIBBLES_3, [codes, high], dtype=tl.uint8, is_pure=True, pack=4)
+        elif PTX:
+            front = tl.inline_asm_elementwise(FRONT_2, NIBBLES_2, [codes], dtype=tl.uint8, is_pure=True, pack=4)
+            back = tl.inline_asm_elementwise(BACK_2, NIBBLES_2, [codes], dtype=tl.uint8, is_pure=True, pack=4)
+        else:
+            a, b, c, d = _indices(codes, high)
+            least: tl.constexpr = 4 - 2**BITS // 2
+            front, back = a + least << 4 | b + least, c + least << 4 | d + least
+        nibbles = _beside(front, back)
+    return nibbles
+
+
+@triton.jit
+def _half(nibbles, w0, w1, LOW: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """level · 2^-24 of the high or the low nibbles as float16.
+
+    The assembly is not called pure, though it is: Triton then does not look through it to the loaded bytes, for whose
+    width it would choose a layout of the product's operand that costs a move a register.
+    """
     if PTX:
-        return tl.inline_asm_elementwise(TO_HALF, "=&r,=&r,r", [biased], dtype=tl.float16, is_pure=True, pack=4)
-    return ((biased.to(tl.int32) & 255) - 128).to(tl.float16)
+        of_16: tl.constexpr = LOW_HALVES_4 if LOW else HIGH_HALVES_4
+        of_8: tl.constexpr = LOW_HALVES_2 if LOW else HIGH_HALVES_2
+        half = tl.inline_asm_elementwise(
+            of_16 if BITS == 4 else of_8, HALVES_CONSTRAINTS, [nibbles, w0, w1], dtype=tl.float16, is_pure=False, pack=4
+        )
+    else:
+        index = nibbles & 15 if LOW else nibbles >> 4
+        sign_bit: tl.constexpr = 8 if BITS == 4 else 4
+        byte = tl.where(index < 8, 7 - index, index - 8) if BITS == 4 else index
+        level = _level(byte, w0, w1, w0, w1).to(tl.float32) * HALF_UNIT
+        half = tl.where(index < sign_bit, -level, level).to(tl.float16)
+    return half
 
 
 @triton.jit
@@ -199,8 +251,8 @@ def attention_kernel(
     factor = scale * tl.load(k_table_ptr + 4).to(tl.float32, bitcast=True) * power
     factor = tl.where(e == NOT_FINITE, float("nan"), factor) * (LOG2_E if SOFT_CAP == 0.0 else 1.0)
     length = tl.load(lengths_ptr + batch)
-    k0, k1, k2, k3 = _words(k_table_ptr, 0, length, PTX)
-    v0, v1, v2, v3 = _words(v_table_ptr, SIGN_BITS, length, PTX)
+    k0, k1, k2, k3 = _words(k_table_ptr, length, PTX)
+    v0, v1 = _magnitudes(v_table_ptr, length, V_BITS, PTX)
 
     # The positions that any row of the block sees, and of those the part of this program.
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -227,11 +279,13 @@ def attention_kernel(
     v_norms_ptr += batch * v_norms_stride_b + kv_head * v_norms_stride_k + place
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S, BLOCK_R], tl.float32)
-    out = tl.zeros([2 * BLOCK_P, BLOCK_R], tl.float32)
+    out_even = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+    out_odd = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
     for start in range(0, last - first, BLOCK_S):
         s = start + column
         inside = s < last - first
-        k_code, k_norm, v_code, v_norm = s * K_STRIDE_S, s, s * V_STRIDE_S, s
+        wide = s.to(tl.int64)
+        k_code, k_norm, v_code, v_norm = wide * K_STRIDE_S, wide, wide * V_STRIDE_S, wide
         there = inside
         if PAGE != 0:
             page = tl.load(pages_ptr + (first + s) // PAGE, mask=inside, other=0)
@@ -240,14 +294,17 @@ def attention_kernel(
             k_code, k_norm = page * k_codes_stride_b + slot * K_STRIDE_S, page * k_norms_stride_b + slot
             v_code, v_norm = page * v_codes_stride_b + slot * V_STRIDE_S, page * v_norms_stride_b + slot
         codes, high = _load_codes(k_codes_ptr + k_code[:, None], inside[:, None], D, BLOCK_P, K_BITS, PTX)
-        norm = _finite(tl.load(k_norms_ptr + k_norm, mask=there, other=float("nan")), PTX)
+        norm = tl.load(k_norms_ptr + k_norm, mask=there, other=0.0)
+        if PAGE != 0:
+            norm = tl.where(there | ~inside, norm, float("nan"))
+        norm = _finite(norm, PTX)
         even, odd = _levels(codes, high, k0, k1, k2, k3, K_BITS, PTX)
         products = tl.dot(_beside(even, odd), q.T, out_dtype=tl.int32)
         hi, lo = tl.split(tl.permute(tl.reshape(products, [BLOCK_S, 2, BLOCK_R]), [0, 2, 1]))
-        x = (hi * 128 + lo).to(tl.float32) * (norm[:, None] * factor[None, :])
+        x, unit = (hi * 128 + lo).to(tl.float32), norm[:, None] * factor[None, :]
         if SOFT_CAP != 0.0:
-            x = _soft_cap(x, SOFT_CAP) * LOG2_E
-        seen = inside[:, None] & (r[None, :] < R)
+            x, unit = _soft_cap(x * unit, SOFT_CAP), LOG2_E
+        seen = inside[:, None]
         if CAUSAL:
             seen = seen & ((first + s)[:, None] <= at[None, :])
         if WINDOW:
@@ -257,16 +314,24 @@ def attention_kernel(
         norm = _finite(tl.load(v_norms_ptr + v_norm, mask=there, other=0.0), PTX)
         size = tl.minimum(tl.maximum(tl.abs(norm), LEAST_NORM), LARGEST_NORM)
         inverse = _inverse(size, PTX)
-        y = tl.where(seen, x + _log2(size, PTX)[:, None], float("-inf"))
+        y = tl.fma(x, unit, tl.where(inside, _log2(size, PTX), float("-inf"))[:, None])
+        if CAUSAL or WINDOW:
+            y = tl.where(seen, y, float("-inf"))
         peak = tl.maximum(m, tl.max(y, 0))
         reference = tl.where(peak == float("-inf"), 0.0, peak)
         weights = _exp2(y - reference[None, :], PTX)
         shrink = _exp2(m - reference, PTX)
         total = tl.fma(weights, inverse[:, None], total * shrink[None, :])
-        weights = tl.where(seen, weights * (norm * inverse)[:, None], 0.0).to(tl.float16)
-        even, odd = _levels(codes, high, v0, v1, v2, v3, V_BITS, PTX)
-        levels = _beside(_half(even, PTX), _half(odd, PTX))
-        out = tl.dot(levels.T, weights, out * shrink[None, :])
+        weights = weights * (norm * inverse)[:, None]
+        if CAUSAL or WINDOW:
+            weights = tl.where(seen, weights, 0.0)
+        weights = weights.to(tl.float16)
+        # One product after the other: the operand of both takes the same shared memory.
+        nibbles = _nibbles(codes, high, V_BITS, PTX)
+        even = _half(nibbles, v0, v1, False, V_BITS, PTX)
+        out_even = tl.dot(even.T, weights, out_even * shrink[None, :])
+        odd = _half(nibbles, v0, v1, True, V_BITS, PTX)
+        out_odd = tl.dot(odd.T, weights, out_odd * shrink[None, :])
         m = peak
 
     # m becomes that of the logits alone, so that Σ 2^(x - m) is 1 to 2.
@@ -274,9 +339,11 @@ def attention_kernel(
     exponent = tl.where(total > 0.0, (total.to(tl.int32, bitcast=True) >> 23) - 127, 0)
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     out_row = (head.to(tl.int64) * splits + split) * R + r[None, :]
-    column = tl.arange(0, 2 * BLOCK_P)[:, None]
-    d = 2 * (column % BLOCK_P) + column // BLOCK_P
-    tl.store(out_ptr + out_row * D + d, out * power[None, :], mask=(d < D) & (r[None, :] < R))
+    p = tl.arange(0, BLOCK_P)[:, None]
+    d = 2 * p if V_BITS == 4 else 4 * (p % (BLOCK_P // 2)) + 2 * (p // (BLOCK_P // 2))
+    live = (d < D) & (r[None, :] < R)
+    tl.store(out_ptr + out_row * D + d, out_even * (1.0 / HALF_UNIT) * power[None, :], mask=live)
+    tl.store(out_ptr + out_row * D + d + 1, out_odd * (1.0 / HALF_UNIT) * power[None, :], mask=live)
     ml_ptr += (head.to(tl.int64) * splits + split) * 2 * R
     tl.store(ml_ptr + r, m + exponent, mask=r < R)
     tl.store(ml_ptr + R + r, total * power, mask=r < R)

@@ -9,6 +9,11 @@ one shifted by two bits behind, in turn, are these bytes (`SHIFT`).
 Strings for `inline_asm_elementwise` with pack=4, on operands `codes`, at 3 bits `high`, and WORDS[bits] words of the
 table, which come as tensors of int32: four registers each.
 
+Levels are antisymmetric (docs/format.md), so that sign and magnitude give each: as the bytes of a float16 level ·
+2^-24, a subnormal which tensor cores take as any other number (`HALVES`). At 4 bits index 8 + k is positive level k,
+index 7 - k its negative, and two words hold the positive levels. Indices of fewer bits plus 4 - 2^bits / 2 (`NIBBLES`)
+number the bytes of a word of positive levels and, before it, of the same reversed.
+
 Source: byte permutes: PTX ISA, `prmt`, `lop3`.
 """
 
@@ -62,6 +67,89 @@ _REGISTERS = (
 
 SHIFT = "shl.b32 $0, $1, 2;"  # four bytes, whose two lowest bits `_OF_3` does not look at
 SHIFT_CONSTRAINTS = "=r,r"
+
+# Of one nibble of each byte, level · 2^-24 in float16. front and back are the magnitudes of two bytes of codes each: of
+# the low nibble, then of the high one.
+_MAGNITUDES = """
+prmt.b32 front, $3, $7, select;
+shr.u32 select, select, 16;
+prmt.b32 back, $3, $7, select;
+"""
+_OF_16 = f"""
+.reg .b32 pick, select, sign, front, back;
+shr.u32 pick, $2, 3;
+and.b32 pick, pick, 0x11111111;
+mul.lo.u32 pick, pick, 7;
+lop3.b32 select, $2, pick, 0x77777777, 0x82;
+{_MAGNITUDES.strip()}
+"""
+_OF_8 = f"""
+.reg .b32 select, sign, front, back;
+mov.b32 select, $2;
+{_MAGNITUDES.strip()}
+"""
+
+
+def _halves(magnitudes: str, shift: str, selectors: tuple[str, str]) -> str:
+    """From the bit with the sign, which a shift makes the highest of its byte."""
+    return f"""{{{magnitudes}{shift}
+lop3.b32 sign, sign, 0x80808080, 0, 0x0C;
+prmt.b32 $0, front, sign, {selectors[0]};
+prmt.b32 $1, back, sign, {selectors[1]};
+}}"""
+
+
+_HIGH, _LOW = ("0x5341", "0x7361"), ("0x5240", "0x7260")
+_HALVES_OF_8 = (
+    _halves(_OF_8, "shl.b32 sign, $2, 1;", _HIGH),
+    _halves(_OF_8, "shl.b32 sign, $2, 5;", _LOW),
+)
+HALVES = {  # of the high nibbles, of the low ones
+    4: (_halves(_OF_16, "mov.b32 sign, $2;", _HIGH), _halves(_OF_16, "shl.b32 sign, $2, 4;", _LOW)),
+    3: _HALVES_OF_8,
+    2: _HALVES_OF_8,
+}
+HALVES_CONSTRAINTS = ",".join(["=&r"] * 2 + ["r"] * 9)
+# Of bytes of codes, at 3 bits of the low plane and of `high`: fields 0 and 1, then fields 2 and 3, as nibbles.
+_SELECTORS = """
+.reg .b32 even, odd, bit;
+shr.u32 even, $1, 2;
+shr.u32 bit, $2, 1;
+and.b32 bit, bit, 0x44444444;
+lop3.b32 even, even, 0x33333333, bit, 0xEA;
+and.b32 bit, $2, 0x44444444;
+lop3.b32 odd, $1, 0x33333333, bit, 0xEA;
+"""
+NIBBLES = {
+    3: (
+        f"""{{{_SELECTORS}
+shr.u32 odd, odd, 4;
+lop3.b32 $0, even, odd, 0xF0F0F0F0, 0xE4;
+}}""",
+        f"""{{{_SELECTORS}
+shl.b32 even, even, 4;
+lop3.b32 $0, even, odd, 0xF0F0F0F0, 0xE4;
+}}""",
+    ),
+    2: (
+        """{
+.reg .b32 even, odd;
+shr.u32 even, $1, 2;
+shr.u32 odd, $1, 4;
+lop3.b32 even, even, odd, 0xF0F0F0F0, 0xE4;
+and.b32 even, even, 0x33333333;
+add.u32 $0, even, 0x22222222;
+}""",
+        """{
+.reg .b32 even;
+shl.b32 even, $1, 2;
+lop3.b32 even, even, $1, 0xF0F0F0F0, 0xE4;
+and.b32 even, even, 0x33333333;
+add.u32 $0, even, 0x22222222;
+}""",
+    ),
+}
+NIBBLES_CONSTRAINTS = {3: "=r,r,r", 2: "=r,r"}
 
 
 def in_order(bits: int) -> str:

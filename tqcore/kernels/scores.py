@@ -73,13 +73,23 @@ def _levels(codes, high, w0, w1, w2, w3, BITS: tl.constexpr, PTX: tl.constexpr):
                 LOOKUP_2, CONSTRAINTS_2, [codes, w0], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
             )
         else:
-            a = _level(codes >> 6 | (high >> 5 & 4), w0, w1, w2, w3)
-            b = _level((codes >> 4 & 3) | (high >> 4 & 4), w0, w1, w2, w3)
-            c = _level((codes >> 2 & 3) | (high >> 1 & 4), w0, w1, w2, w3)
-            d = _level((codes & 3) | (high & 4), w0, w1, w2, w3)
+            a, b, c, d = _indices(codes, high)
+            a, b = _level(a, w0, w1, w2, w3), _level(b, w0, w1, w2, w3)
+            c, d = _level(c, w0, w1, w2, w3), _level(d, w0, w1, w2, w3)
         even = tl.reshape(tl.join(a, c), [codes.shape[0], 2 * codes.shape[1]])
         odd = tl.reshape(tl.join(b, d), [codes.shape[0], 2 * codes.shape[1]])
     return even, odd
+
+
+@triton.jit
+def _indices(codes, high):
+    """The four indices of each byte of a low plane and of what `_load_codes` puts beside it."""
+    return (
+        codes >> 6 | (high >> 5 & 4),
+        (codes >> 4 & 3) | (high >> 4 & 4),
+        (codes >> 2 & 3) | (high >> 1 & 4),
+        (codes & 3) | (high & 4),
+    )
 
 
 @triton.jit
