@@ -86,7 +86,7 @@ def attention(
     options = softmax.options(query, scale, is_causal, local_window_size, logits_soft_cap, num_splits)
     arrays = {"query": query, "keys.codes": keys.codes, "values.codes": values.codes}
     arrays |= {"kv_lengths": kv_lengths, "page_table": page_table, "sinks": sinks}
-    checks.check_devices({name: x.device for name, x in arrays.items() if x is not None})
+    ops.check_devices(**arrays)
     softmax.check_values(_on_host(kv_lengths), _on_host(page_table), query, keys, options)
     can_be_dense = not return_lse and sinks is None and options.soft_cap is None
     if implementation == "dense" or (implementation is None and can_be_dense and _has_many_rows(query, keys)):
@@ -123,7 +123,7 @@ def merge_attention(
       ValueError: shapes or dtypes do not match.
     """
     checks.check_merge(out_a, lse_a, out_b, lse_b)
-    checks.check_devices({"out_a": out_a.device, "lse_a": lse_a.device, "out_b": out_b.device, "lse_b": lse_b.device})
+    ops.check_devices(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     out, lse = softmax.merge(out_a.float(), lse_a, out_b.float(), lse_b, torch)
     return out.to(out_a.dtype), lse
 

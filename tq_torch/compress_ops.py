@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tq_torch import eager
-from tq_torch.ops import QUANTIZER, _fields, _quantizer, rotate
+from tq_torch.ops import QUANTIZER, _fields, _quantizer, check_devices, rotate
 from tqcore import checks
 from tqcore.packing import packed_dim
 from tqcore.quantizer import PackedVectors, Quantizer
@@ -128,11 +128,6 @@ def decompress(
     if center is not None:
         vectors = vectors + (rotate(center, quantizer) if rotated else center)
     return vectors.to(getattr(torch, name))
-
-
-def check_devices(**tensors):
-    """Tensors by the names of their arguments, or None."""
-    checks.check_devices({name: tensor.device for name, tensor in tensors.items() if tensor is not None})
 
 
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------

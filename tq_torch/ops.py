@@ -89,7 +89,7 @@ def fused_qk_scores(
     bits = checks.check_scores(q_rotated, packed_indices, norms, scale, n_q_heads, n_kv_heads)
     checks.check_centroids(centroids, bits)
     named = {"q_rotated": q_rotated, "packed_indices": packed_indices, "norms": norms, "centroids": centroids}
-    checks.check_devices({name: tensor.device for name, tensor in named.items()})
+    check_devices(**named)
     return torch.ops.tq_torch.fused_qk_scores(*named.values(), None, checks.as_scale(scale), implementation)
 
 
@@ -115,7 +115,7 @@ def attention_scores(
     checks.check_attention_scores(query, keys, scale, add_center)
     scale = checks.as_scale(query.shape[-1] ** -0.5 if scale is None else scale)
     named = {"query": query, "keys.codes": keys.codes, "keys.norms": keys.norms, "keys.center": keys.center}
-    checks.check_devices({name: tensor.device for name, tensor in named.items() if tensor is not None})
+    check_devices(**named)
     scores = packed_scores(query, keys, scale)
     if keys.residual is not None:
         scores = scores + packed_scores(query, keys.residual, scale)
@@ -164,7 +164,7 @@ def rotary_center(
     Source: Su et al., RoFormer, arXiv:2104.09864.
     """
     checks.check_rotary(bias, positions, theta)
-    checks.check_devices({"bias": bias.device, "positions": positions.device})
+    check_devices(bias=bias, positions=positions)
     turns = torch.from_numpy(center_of.frequencies(bias.shape[-1], theta)).to(bias.device)
     return center_of.rotary(bias.float(), positions.float()[:, None] * turns, interleaved, torch)
 
@@ -180,6 +180,11 @@ def dequantize(packed):
     """norm · centroids[index] [..., S, D], not rotated back."""
     quantizer = packed.quantizer
     return torch.ops.tq_torch.dequantize(packed.codes, packed.norms, quantizer.head_dim, quantizer.code_bits)
+
+
+def check_devices(**tensors):
+    """Tensors by the names of their arguments, or None."""
+    checks.check_devices({name: tensor.device for name, tensor in tensors.items() if tensor is not None})
 
 
 # --- the operations as torch sees them: tensors and plain values, so that it can compile and export them --------------

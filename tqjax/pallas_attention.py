@@ -217,9 +217,12 @@ def _attention_kernel(
         if options.is_causal or options.window:
             weights = jnp.where(seen, weights, 0.0)
         weights = weights.astype(jnp.float16)
+        # One product after the other: the operand of both takes the same shared memory.
         nibbles = _nibbles(codes, high, bits[1], ptx)
-        out_even = out_even * shrink[None, :] + _dot_values(_half(nibbles, v_words, False, bits[1], ptx), weights)
-        out_odd = out_odd * shrink[None, :] + _dot_values(_half(nibbles, v_words, True, bits[1], ptx), weights)
+        even = _half(nibbles, v_words, False, bits[1], ptx)
+        out_even = out_even * shrink[None, :] + _dot_values(even, weights)
+        odd = _half(nibbles, v_words, True, bits[1], ptx)
+        out_odd = out_odd * shrink[None, :] + _dot_values(odd, weights)
         return peak, total, out_even, out_odd
 
     zeros = jnp.zeros((block_p, block_r), jnp.float32)
