@@ -161,7 +161,9 @@ def test_readme_attention_is_measured():
     rows = json.loads((ROOT / "benchmarks/results/nvidia-h200/attention.json").read_text())["rows"]
     main = {"B": 8, "K": 8, "G": 4, "S": 32768, "T": 1, "D": 128, "bits": "4/4", "page": None}
     us = {(row["front"], row["implementation"]): row["us"] for row in rows if main.items() <= row.items()}
-    names = [("gluon", "gluon"), ("triton", "triton"), ("sdpa_flash", "cudnn_bf16")]
+    for best in (("torch", "sdpa"), ("jax", "cudnn")):
+        us[best] = min(us[name] for name in list(us) if name[0] == best[0] and name[1].startswith(best[1]))
+    names = [("gluon", "gluon"), ("triton", "triton"), ("sdpa", "cudnn")]
     table = re.findall(
         r"^\| (?!---).*\| *\**(\d+\.\d)\** \| *\**(\d+\.\d)\** \|$", (ROOT / "README.md").read_text(), re.M
     )
