@@ -3,9 +3,11 @@
     python3 benchmarks/several.py               to benchmarks/results/<device>/several.json
     python3 benchmarks/several.py --dry-run     tiny sizes on two CPU devices, to --out only
 
-A step appends a token to each of four caches and attends over it: B8 K8 G4 D128, 4/4 bits. The step is one compiled
-function whose caches are donated, by automatic partitioning and by `shard_map`. Before a time is taken: scores and
-codes have the bits of one device, attention is within LIMIT of it, and the compiled step has no collective.
+A step appends a token to each of four caches and attends over it: B8 K8 G4 D128, 4/4 bits. A compiled function, whose
+caches are donated, makes one step or a scan of 16, by automatic partitioning and by `shard_map`; microseconds a layer,
+by the host's clock. One step a call shows what dispatching to several devices from Python costs, 16 what the devices
+take. Before a time is taken: scores and codes have the bits of one device, attention is within LIMIT of it, and the
+compiled function has no collective.
 
 Exit status: 0, or 1 where something differs, or 2 where there are not two GPUs.
 """
@@ -21,6 +23,7 @@ import cache
 import numpy as np
 
 POSITIONS = (32768, 131072)
+CALL_STEPS = (1, 16)
 LIMIT = 1e-3  # of the relative difference between one device and several
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -46,16 +49,17 @@ def main() -> int:
     report |= {"op": "several", "devices": [str(device) for device in devices[:2]]}
     rows = []
     for batch, size in [(2, 64)] if dry else [(cache.BATCH, size) for size in POSITIONS]:
-        rows += run(devices[:2], batch, size)
-        print(*rows[-3:], sep="\n", flush=True)
-        if not all(row["right"] for row in rows):
-            print("red: something differs; no time is reported", file=sys.stderr)
-            return 1
-        bench.write(report | {"rows": rows}, (arguments.out or bench.results_folder(report)) / "several.json")
+        for steps in CALL_STEPS:
+            rows += run(devices[:2], batch, size, steps)
+            print(*rows[-3:], sep="\n", flush=True)
+            if not all(row["right"] for row in rows):
+                print("red: something differs; no time is reported", file=sys.stderr)
+                return 1
+    bench.write(report | {"rows": rows}, (arguments.out or bench.results_folder(report)) / "several.json")
     return 0
 
 
-def run(devices, batch, size) -> list[dict]:
+def run(devices, batch, size, steps) -> list[dict]:
     import jax
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -65,33 +69,28 @@ def run(devices, batch, size) -> list[dict]:
     mesh = jax.make_mesh((len(devices),), ("heads",), axis_types=(AxisType.Auto,), devices=devices)
     specs = jax.tree.map(lambda x: P(None, "heads") if x.ndim > 2 else P(), (caches, tokens, query))
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    ways = {
-        "one device": (jax.jit(step, donate_argnums=0), None),
-        "automatic": (jax.jit(step, donate_argnums=0), places),
-        "shard_map": (
-            jax.jit(
-                jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(specs[0], P(None, "heads"))), donate_argnums=0
-            ),
-            places,
-        ),
-    }
+    decode = functools.partial(decode_steps, steps)
+    split = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=(specs[0], P(None, None, "heads")))
+    ways = {"one device": (decode, None), "automatic": (decode, places), "shard_map": (split, places)}
     one_scores = scores(q, k_codes, k_norms)
     spread = scores(*jax.device_put((q, k_codes, k_norms), NamedSharding(mesh, P(None, "heads"))))
     same_scores = bool((np.asarray(one_scores).view(np.int32) == np.asarray(spread).view(np.int32)).all())
     rows, codes, expected = [], None, None
     for name, (function, where) in ways.items():
+        function = jax.jit(function, donate_argnums=0)
         given = jax.tree.map(jax.numpy.copy, (caches, tokens, query))
         given = given if where is None else jax.device_put(given, where)
         compiled = function.lower(*given).compile()
         text = compiled.as_text()
         found = sorted({one for one in COLLECTIVES if one in text})
         held, outs = compiled(*given)
-        out, after = np.stack(list(map(np.asarray, outs))), np.asarray(held[-1].keys.codes[..., size, :])
+        out, after = np.stack(list(map(np.asarray, outs))), np.asarray(held[-1].keys.codes[..., size : size + steps, :])
         expected, codes = (out, after) if expected is None else (expected, codes)
         error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
         right = same_scores and not found and error <= LIMIT and bool((after == codes).all())
-        us = timed(function, held, given[1:], size)
+        us = round(timed(function, held, given[1:], size) / steps, 2)
         rows.append({"op": "decode", "way": name, "devices": 1 if where is None else len(devices), "S": size})
+        rows[-1]["steps_per_call"] = steps
         rows[-1] |= {"us": us, "error": error, "collectives": found, "same_scores": same_scores, "right": right}
         rows[-1]["vs_one"] = round(rows[0]["us"] / us, 3)
         del held, given
@@ -113,14 +112,19 @@ def inputs(batch, size):
     return caches, tokens, new(batch, cache.KV_HEADS * cache.GROUP, 1, cache.HEAD_DIM)
 
 
-def step(caches, tokens, query):
-    """Every layer's output is returned: XLA leaves out what is not."""
-    done, outs = [], []
-    for one, (key, value) in zip(caches, tokens, strict=True):
-        one = one.append(key, value)
-        outs.append(one.attend(query).astype("float32"))
-        done.append(one)
-    return done, outs
+def decode_steps(steps, caches, tokens, query):
+    """The caches, and every layer's outputs of all steps: XLA leaves out what is not returned."""
+    import jax
+
+    def step(caches, _):
+        done, outs = [], []
+        for one, (key, value) in zip(caches, tokens, strict=True):
+            one = one.append(key, value)
+            outs.append(one.attend(query).astype("float32"))
+            done.append(one)
+        return done, outs
+
+    return jax.lax.scan(step, caches, length=steps)
 
 
 def scores(q, codes, norms):
@@ -136,7 +140,7 @@ def scores(q, codes, norms):
 
 
 def timed(function, held, rest, size) -> float:
-    """Microseconds a layer of a jitted step: a `Compiled` is called from Python, more slowly."""
+    """Microseconds a layer of a jitted function: a `Compiled` is called from Python, more slowly."""
     import jax
 
     crop = jax.jit(lambda caches: [one.crop(size) for one in caches], donate_argnums=0)

@@ -53,7 +53,7 @@ def test_dry_run(report):
     assert all("NotImplementedError" in one["reason"] for one in report["not_run"])
 
 
-@pytest.mark.parametrize(("name", "rows"), [("several", 3)])
+@pytest.mark.parametrize(("name", "rows"), [("several", 6)])
 def test_dry_runs_of_others(tmp_path, name, rows):
     command = [sys.executable, ROOT / f"benchmarks/{name}.py", "--dry-run", "--out", tmp_path]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
