@@ -20,7 +20,7 @@ import numpy as np
 
 FLIPS_PER_MILLION = 2
 NORM_ULPS = {"plain": 2, "corrected": 8}
-CHECKED = 78_125  # vectors of 128 coordinates: 10^7
+CHECKED = 78_128  # vectors of 128 coordinates: 10^7, in sixteens
 LARGE = {"B": 8, "K": 8, "S": 32768, "T": None, "D": 128}
 TOKEN = {"B": 64, "K": 8, "S": 4096, "T": 1, "D": 128}
 REPEATS = 15
@@ -88,6 +88,8 @@ def accuracy(bits, device, lead, dry) -> Iterator[dict]:
         fronts = [("torch", tq_torch, given, "triton")]
         if not dry:
             fronts += [("jax", tqjax, of_jax, name) for name in ("triton", "pallas_triton")]
+        if not dry and dtype == "bfloat16":
+            fronts += [("torch", tq_torch, given, "gluon"), ("jax", tqjax, of_jax, "gluon")]
         for front, package, argument, name in fronts:
             packed = package.compress(argument, quantizer, implementation=name)
             codes, norms = (np.asarray(a.cpu() if front == "torch" else a) for a in (packed.codes, packed.norms))
@@ -120,11 +122,12 @@ def encode_and_decode(bits, device, lead, dry) -> list[dict]:
     rows = []
     for op in ("compress", "decompress"):
         functions = {}
-        for name in ("triton", "eager"):
+        gluon = ("gluon",) if op == "compress" and not dry else ()
+        for name in ("triton", "eager", *gluon):
             call = functools.partial(_torch_call, op, quantizer, name)
             groups = [(x,) for x in sets] if op == "compress" else [(one.codes, one.norms) for one in packed]
             functions["torch", name] = call, groups
-        for name in () if dry else ("triton", "pallas_triton", "xla"):
+        for name in () if dry else ("triton", "pallas_triton", "xla", *gluon):
             call = functools.partial(_jax_call, op, quantizer, name)
             groups = [tuple(map(to_jax, given)) for given in functions["torch", "triton"][1]]
             functions["jax", name] = call, groups

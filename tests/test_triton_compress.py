@@ -12,10 +12,10 @@ import tqjax
 from tqcore import PackedVectors, Quantizer
 
 
-def lowered(name, head_dim, bits, paged, centered):
+def lowered(name, head_dim, bits, paged, centered, *, implementation="triton", length=3):
     """The StableHLO of one operation for CUDA."""
     quantizer = Quantizer(head_dim, bits)
-    x = jax.ShapeDtypeStruct((4, 2, 3, head_dim), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, 2, length, head_dim), jnp.bfloat16)
     center = jax.ShapeDtypeStruct((2, 1, head_dim), jnp.float32) if centered else None
     packed = PackedVectors(
         jax.ShapeDtypeStruct((4, 2, 16, quantizer.packed_dim), jnp.uint8),
@@ -27,10 +27,10 @@ def lowered(name, head_dim, bits, paged, centered):
     table = jax.ShapeDtypeStruct((4, 5), jnp.int32) if paged else None
 
     def compress(x, center):
-        return tqjax.compress(x, quantizer, center=center, implementation="triton")
+        return tqjax.compress(x, quantizer, center=center, implementation=implementation)
 
     def append(packed, x, starts, table):
-        return tqjax.append(packed, x, starts, page_table=table, implementation="triton")
+        return tqjax.append(packed, x, starts, page_table=table, implementation=implementation)
 
     def decompress(packed):
         return tqjax.decompress(packed, dtype="bfloat16", implementation="triton")
@@ -72,5 +72,5 @@ def test_needs_cuda():
 
 
 def test_needs_a_head_dim():
-    with pytest.raises(NotImplementedError, match="'triton' needs CUDA.*head_dim 8 to 256, got head_dim=512"):
+    with pytest.raises(NotImplementedError, match="'triton' needs CUDA.*head_dim 8 to 256, got \\[3, 512\\] float32"):
         tqjax.compress(np.ones((3, 512), np.float32), Quantizer(512), implementation="triton")

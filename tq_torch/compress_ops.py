@@ -1,12 +1,13 @@
 """The public operations that write and read packed vectors: check, choose the implementation, call it."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from tq_torch import eager
 from tq_torch.ops import QUANTIZER, _fields, _quantizer, check_devices, rotate
-from tqcore import checks
+from tqcore import checks, kernels
 from tqcore.packing import packed_dim
 from tqcore.quantizer import PackedVectors, Quantizer
 
@@ -16,6 +17,13 @@ except ImportError:  # a torch without Triton
     triton_compress = None
 
 IMPLEMENTATIONS = ("eager", "triton")
+ENCODERS = (*IMPLEMENTATIONS, "gluon")
+NEEDS = {
+    "triton": "'triton' needs Triton, head_dim 8 to 256, bytes of codes side by side, and CUDA tensors or "
+    "TRITON_INTERPRET=1 in the environment",
+    "gluon": "'gluon' needs a Hopper device, Triton with Gluon, bfloat16 of head_dim 64 or 128, a Hadamard rotation, "
+    "no center, multiples of 16 positions aligned to 16 bytes and bytes of codes side by side",
+}
 
 
 def compress(
@@ -33,7 +41,9 @@ def compress(
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
       implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
-        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, bfloat16 of head_dim 64 or 128 with a Hadamard rotation
+        and without a center, multiples of 16 positions), or None: on CUDA the first of gluon (for many vectors) and
+        triton that can do the case, else eager.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -43,7 +53,7 @@ def compress(
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
-    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_implementation(implementation, ENCODERS)
     checks.check_vectors(x, quantizer, center)
     check_devices(x=x, center=center)
     x, fixed = x.detach(), None if center is None else center.detach()
@@ -51,8 +61,9 @@ def compress(
     residual = None
     if quantizer.residual is not None:
         x = x.float() if fixed is None else x.float() - fixed
-        rest = x - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer), "float32", False, implementation)
-        signs, lengths = torch.ops.tq_torch.compress(rest, None, *_fields(quantizer.residual), implementation)
+        exact = None if implementation == "gluon" else implementation
+        rest = x - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer), "float32", False, exact)
+        signs, lengths = torch.ops.tq_torch.compress(rest, None, *_fields(quantizer.residual), exact)
         residual = PackedVectors(signs, lengths, quantizer.residual)
     return PackedVectors(codes, norms, quantizer, center, residual)
 
@@ -79,7 +90,9 @@ def append(
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
       implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
-        interpreter, under TRITON_INTERPRET=1), or None: triton where it can on CUDA, else eager.
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, bfloat16 of head_dim 64 or 128 with a Hadamard rotation
+        and without a center, multiples of 16 positions), or None: on CUDA the first of gluon (for many vectors) and
+        triton that can do the case, else eager.
 
     Returns:
       PackedVectors: `packed`, whose tensors were written to.
@@ -87,7 +100,7 @@ def append(
     Raises:
       ValueError: an argument does not fit.
     """
-    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_implementation(implementation, ENCODERS)
     checks.check_append(packed, x, starts, page_table)
     center = None if packed.center is None else packed.center.detach()
     tensors = {"codes": packed.codes, "norms": packed.norms, "x": x.detach(), "center": center, "starts": starts}
@@ -146,36 +159,42 @@ _library.define(
 def _compress(x, center, *fields_and_implementation):
     *of_quantizer, implementation = fields_and_implementation
     quantizer = _quantizer(*of_quantizer)
-    return _module(implementation, x, quantizer).compress(x, quantizer, center)
+    return _chosen("compress", implementation, x, quantizer, center)(x, quantizer, center)
 
 
 def _append(codes, norms, x, center, starts, page_table, *fields_and_implementation):
     *of_quantizer, implementation = fields_and_implementation
     quantizer = _quantizer(*of_quantizer)
     if 0 not in (*x.shape, *codes.shape):
-        module = _module(implementation, x, quantizer, codes)
-        module.append(codes, norms, x, center, starts, page_table, quantizer)
+        append = _chosen("append", implementation, x, quantizer, center, codes)
+        append(codes, norms, x, center, starts, page_table, quantizer)
 
 
 def _decompress(codes, norms, *fields_and_options):
     *of_quantizer, dtype, rotated, implementation = fields_and_options
     quantizer, dtype = _quantizer(*of_quantizer), getattr(torch, dtype)
-    return _module(implementation, codes, quantizer).decompress(codes, norms, quantizer, dtype, rotated)
+    return _chosen("decompress", implementation, codes, quantizer)(codes, norms, quantizer, dtype, rotated)
 
 
-def _module(implementation, tensor, quantizer, written=None) -> Any:
-    """What runs an implementation; `written` are codes that are written in place."""
-    can = triton_compress is not None and triton_compress.can_do(tensor, quantizer) and 0 not in tensor.shape
-    can = can and (written is None or written.stride(3) == 1)
-    if implementation == "eager" or (not can and (implementation is None or 0 in tensor.shape)):
-        return eager
-    if not can:
+def _chosen(operation, implementation, tensor, quantizer, center=None, written=None) -> Callable:
+    """What runs an operation; `written` are codes that are written in place."""
+    if implementation == "eager" or 0 in tensor.shape or (implementation is None and not tensor.is_cuda):
+        return getattr(eager, operation)
+    can = {}
+    if triton_compress is not None and (written is None or written.stride(3) == 1):
+        if operation != "decompress" and triton_compress.can_do_by_gluon(tensor, quantizer, center):
+            can["gluon"] = partial(getattr(triton_compress, operation), gluon=True)
+        if triton_compress.can_do(tensor, quantizer):
+            can["triton"] = getattr(triton_compress, operation)
+    if implementation is None:
+        many = kernels.are_many(tensor.shape[:-1].numel()) and kernels.gluon_is_tested()
+        return (can.get("gluon") if many else None) or can.get("triton") or getattr(eager, operation)
+    if implementation not in can:
         raise NotImplementedError(
-            "'triton' needs Triton, head_dim 8 to 256, bytes of codes side by side, and CUDA tensors or "
-            f"TRITON_INTERPRET=1 in the environment, got head_dim={quantizer.head_dim} on {tensor.device}; 'eager' has "
-            "no such need."
+            f"{NEEDS[implementation]}, got {list(tensor.shape)} {tensor.dtype}, head_dim={quantizer.head_dim} on "
+            f"{tensor.device}; 'eager' has no such need."
         )
-    return triton_compress if implementation or tensor.is_cuda else eager
+    return can[implementation]
 
 
 for _name, _function in (("compress", _compress), ("append", _append), ("decompress", _decompress)):

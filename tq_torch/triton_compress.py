@@ -4,8 +4,16 @@ from functools import cache
 
 import torch
 
-from tq_torch.triton_call import INTERPRETED, PTX
-from tqcore.kernels import can_compress, compress_launch, compress_table, load
+from tq_torch.triton_call import INTERPRETED, PTX, _can_run_gluon
+from tqcore.kernels import (
+    can_compress,
+    compress_launch,
+    compress_table,
+    gluon_compress_launch,
+    gluon_takes,
+    load,
+    place_table,
+)
 from tqcore.quantizer import Quantizer
 
 
@@ -14,38 +22,55 @@ def can_do(x: torch.Tensor, quantizer: Quantizer) -> bool:
     return can_compress(quantizer) and (x.is_cuda or INTERPRETED)
 
 
-def compress(x, quantizer, center=None):
+def can_do_by_gluon(x: torch.Tensor, quantizer: Quantizer, center: torch.Tensor | None) -> bool:
+    """Whether the Gluon encoder takes such vectors: it copies 16 bytes at a time."""
+    if not _can_run_gluon(x.device, "gluon_compress"):
+        return False
+    x = _in_four_axes(x)
+    whole = x.stride(3) == 1 and not any(n % 8 for n in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return whole and gluon_takes(quantizer, x.shape[:3], str(x.dtype).removeprefix("torch."), center is not None)
+
+
+def compress(x, quantizer, center=None, *, gluon=False):
     """x [..., S, D] -> codes [..., S, P], norms [..., S]."""
     codes = x.new_empty((*x.shape[:-1], quantizer.packed_dim), dtype=torch.uint8)
     norms = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    vectors = None if center is None else center.expand(x.shape)
-    if x.ndim != 4:
-        shape = 1, -1, x.shape[-2], x.shape[-1]
-        vectors, x = None if vectors is None else vectors.reshape(shape), x.reshape(shape)
-    of_codes, of_norms = codes.view(*x.shape[:3], -1), norms.view(x.shape[:3])
-    _encode(x, vectors, None, None, of_codes, of_norms, quantizer)
+    center = None if center is None else _in_four_axes(center.expand(x.shape))
+    x = _in_four_axes(x)
+    _encode(x, center, None, None, codes.view(*x.shape[:3], -1), norms.view(x.shape[:3]), quantizer, gluon)
     return codes, norms
 
 
-def append(codes, norms, x, center, starts, page_table, quantizer):
+def append(codes, norms, x, center, starts, page_table, quantizer, *, gluon=False):
     """Writes x [B, K, T, D] into codes [N, K, S, P], contiguous along P, and norms [N, K, S]."""
     center = None if center is None else center.expand(x.shape)
     table = None if page_table is None else page_table.contiguous()
-    _encode(x, center, starts.contiguous(), table, codes, norms, quantizer)
+    _encode(x, center, starts.contiguous(), table, codes, norms, quantizer, gluon)
 
 
-def _encode(x, center, starts, page_table, codes, norms, quantizer):
+def _in_four_axes(x):
+    return x if x.ndim == 4 else x.reshape(1, -1, x.shape[-2], x.shape[-1])
+
+
+def _encode(x, center, starts, page_table, codes, norms, quantizer, gluon):
+    aligned, pages = _aligned(codes), 0 if page_table is None else page_table.shape[1]
+    outs = codes.shape[2], codes.shape[0], pages
+    if gluon:
+        constants, grid, options = gluon_compress_launch(quantizer, x.shape[:3], aligned=aligned)
+        load("gluon_compress")[grid](
+            x, _places(quantizer, x.device), starts, page_table, None, None, codes, norms,
+            *x.stride()[:3], *codes.stride()[:3], *norms.stride(), *outs,
+            **constants, **options, enable_fp_fusion=False,
+        )  # fmt: skip
+        return
     x = x if x.stride(3) == 1 else x.contiguous()
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
-    name, constants, grid, num_warps = compress_launch(
-        quantizer, x.shape[:3], encode=True, aligned=_aligned(codes), ptx=PTX
-    )
-    pages = 0 if page_table is None else page_table.shape[1]
+    name, constants, grid, num_warps = compress_launch(quantizer, x.shape[:3], encode=True, aligned=aligned, ptx=PTX)
     load(name)[grid](
         x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, x.shape[:3].numel(),
         *x.stride()[:3], *((0, 0, 0) if center is None else center.stride()[:3]), *codes.stride()[:3], *norms.stride(),
-        x.shape[1], x.shape[2], codes.shape[2], codes.shape[0], pages,
+        x.shape[1], x.shape[2], *outs,
         **constants, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -75,3 +100,9 @@ def _aligned(codes):
 def _table(quantizer, device):
     with torch.inference_mode(False):
         return torch.tensor(compress_table(quantizer), device=device)
+
+
+@cache
+def _places(quantizer, device):
+    with torch.inference_mode(False):
+        return torch.tensor(place_table(quantizer), device=device)

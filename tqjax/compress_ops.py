@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+from math import prod
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tqcore import checks
+from tqcore.kernels import are_many, gluon_is_tested
 from tqcore.quantizer import PackedVectors, Quantizer
-from tqjax import partition, triton_compress, xla
+from tqjax import device, partition, triton_compress, xla
 from tqjax.ops import check_devices
 
 try:
@@ -18,9 +20,12 @@ except ImportError:  # a JAX without Pallas-Triton
     pallas_compress = None
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton")
+ENCODERS = (*IMPLEMENTATIONS, "gluon")
 NEEDS = {
     "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton, vectors of up to 2 GiB and head_dim 8 to 256",
     "triton": "'triton' needs CUDA, an installed Triton and head_dim 8 to 256",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton with Gluon, bfloat16 of head_dim 64 or 128, "
+    "a Hadamard rotation, no center and multiples of 16 positions",
 }
 XLA = {
     "compress": xla.encode,
@@ -49,7 +54,9 @@ def compress(
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
       implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
-        Triton), both for head_dim 8 to 256; or None: triton where it can on CUDA, else xla.
+        Triton), both for head_dim 8 to 256; "gluon" (the same on a Hopper device, bfloat16 of head_dim 64 or 128 with a
+        Hadamard rotation and without a center, multiples of 16 positions); or None: on CUDA the first of gluon (for
+        many vectors, if all devices are Hoppers) and triton that can do the case, else xla.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -59,7 +66,7 @@ def compress(
 
     Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1.
     """
-    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_implementation(implementation, ENCODERS)
     checks.check_vectors(x, quantizer, center)
     if center is None:
         return _compress(jnp.asarray(x), quantizer, None, implementation)
@@ -97,7 +104,7 @@ def append(
     Raises:
       ValueError: an argument does not fit.
     """
-    checks.check_implementation(implementation, IMPLEMENTATIONS)
+    checks.check_implementation(implementation, ENCODERS)
     checks.check_append(packed, x, starts, page_table)
     check_devices(x=x, starts=starts, page_table=page_table, codes=packed.codes)
     page_table = None if page_table is None else jnp.asarray(page_table)
@@ -132,8 +139,12 @@ def decompress(
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _compress(x, quantizer, center, implementation):
     """All but the center itself, which need not pass through `jit`."""
-    encode = functools.partial(_encode, implementation=implementation)
-    decode = functools.partial(_decode, dtype="float32", rotated=False, implementation=implementation)
+    of_rest = None if implementation == "gluon" else implementation
+
+    def encode(x, part, center=None):
+        return _encode(x, part, center, implementation if part == quantizer else of_rest)
+
+    decode = functools.partial(_decode, dtype="float32", rotated=False, implementation=of_rest)
     return xla.compress(x, quantizer, center, encode, decode)
 
 
@@ -178,26 +189,34 @@ def _call(implementation, operation, options, dtype, *arrays):
     given, quantizer = dict(zip(ARGUMENTS[operation], arrays, strict=True)), options["quantizer"]
     rows = given["norms"].shape if operation == "decompress" else given["x"].shape[:-1]
     vectors = jax.ShapeDtypeStruct((*rows, quantizer.head_dim), jnp.dtype(dtype))
-    kernels, plain = _kernels(operation, quantizer, vectors), bound(XLA[operation])
-    name = implementation or ("triton" if "triton" in kernels else "xla")
+    kernels, plain = _kernels(operation, quantizer, vectors, given.get("center") is not None), bound(XLA[operation])
+    name = implementation or _best(kernels, vectors)
     if name == "xla" or any(0 in x.shape for x in arrays if x is not None):
         return plain(*arrays)
     if name not in kernels:
         raise NotImplementedError(
-            f"{NEEDS[name]}, got head_dim={quantizer.head_dim}, {vectors.size * vectors.dtype.itemsize} bytes; "
-            "'xla' has no such need."
+            f"{NEEDS[name]}, got {list(vectors.shape)} {vectors.dtype.name}, "
+            f"{vectors.size * vectors.dtype.itemsize} bytes; 'xla' has no such need."
         )
     kernel = bound(kernels[name])
     if implementation is None:
         return lax.platform_dependent(*arrays, cuda=kernel, default=plain)
-    if name == "triton":
+    if name in ("triton", "gluon"):
         return kernel(*arrays)
     return lax.platform_dependent(*arrays, cuda=kernel, cpu=bound(_pallas(operation, interpret=True)))
 
 
-def _kernels(operation, quantizer, vectors):
+def _best(kernels, vectors):
+    """The name of the fastest on this process's devices."""
+    many = are_many(prod(vectors.shape[:-1])) and device.all_hopper() and gluon_is_tested()
+    return next((name for name in ("gluon", "triton") if name in kernels and (many or name != "gluon")), "xla")
+
+
+def _kernels(operation, quantizer, vectors, centered):
     """The kernels that can do this on CUDA, by name."""
     kernels = {}
+    if operation != "decompress" and triton_compress.can_do_by_gluon(quantizer, vectors, centered):
+        kernels["gluon"] = functools.partial(getattr(triton_compress, operation), gluon=True)
     if triton_compress.can_do(quantizer):
         kernels["triton"] = getattr(triton_compress, operation)
     if pallas_compress is not None and pallas_compress.can_do(quantizer, vectors):

@@ -12,7 +12,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.interpreters.xla import apply_primitive
 
-from tqcore.kernels import can_compress, compress_launch, compress_table, load
+from tqcore.kernels import (
+    can_compress,
+    can_load,
+    compress_launch,
+    compress_table,
+    gluon_compress_launch,
+    gluon_takes,
+    load,
+    place_table,
+)
 from tqjax import triton_call
 
 INSTALLED = triton_call.INSTALLED
@@ -23,7 +32,13 @@ def can_do(quantizer):
     return INSTALLED and can_compress(quantizer)
 
 
-def compress(x, quantizer, center=None):
+def can_do_by_gluon(quantizer, vectors, centered):
+    """Whether the Gluon encoder takes vectors [..., S, D]."""
+    shape = _four_axes(vectors.shape)[:3]
+    return INSTALLED and can_load("gluon_compress") and gluon_takes(quantizer, shape, vectors.dtype.name, centered)
+
+
+def compress(x, quantizer, center=None, *, gluon=False):
     """x [..., S, D] -> codes [..., S, P], norms [..., S]."""
     shape = x.shape
     if center is not None:
@@ -31,15 +46,17 @@ def compress(x, quantizer, center=None):
     if x.ndim != 4:
         center = None if center is None else _in_four_axes(jnp.broadcast_to(center, x.shape))
         x = _in_four_axes(x)
-    codes, norms = compress_p.bind(*_present(x, center), quantizer=quantizer, centered=center is not None)
+    options = {"quantizer": quantizer, "centered": center is not None, "gluon": gluon}
+    codes, norms = compress_p.bind(*_present(x, center), **options)
     return codes.reshape(*shape[:-1], -1), norms.reshape(shape[:-1])
 
 
-def append(codes, norms, x, center, starts, page_table, quantizer):
+def append(codes, norms, x, center, starts, page_table, quantizer, *, gluon=False):
     """Codes [N, K, S, P] and norms [N, K, S] with x [B, K, T, D] in its places."""
     if center is not None:
         center = center.reshape((1,) * (4 - center.ndim) + center.shape)
     options = {"quantizer": quantizer, "centered": center is not None, "paged": page_table is not None}
+    options["gluon"] = gluon
     return tuple(append_p.bind(*_present(codes, norms, x, starts, center, page_table), **options))
 
 
@@ -49,38 +66,46 @@ def decompress(codes, norms, quantizer, dtype, rotated):
     return out
 
 
-def _compress(x, *center, quantizer, centered, capability):
+def _compress(x, *center, quantizer, centered, gluon, capability):
     codes = jax.ShapeDtypeStruct((*x.shape[:3], quantizer.packed_dim), jnp.uint8)
     norms = jax.ShapeDtypeStruct(x.shape[:3], jnp.float32)
     none = {"starts_ptr": None, "pages_ptr": None, "codes_in_ptr": None, "norms_in_ptr": None}
-    return _encode(x, center, [], [codes, norms], none, {}, quantizer, capability)
+    return _encode(x, center, [], [codes, norms], none, {}, quantizer, gluon, capability)
 
 
-def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, capability):
+def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, gluon, capability):
     center, pages = rest[:centered], rest[centered:]
     outs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (codes, norms)]
     first = 3 + centered + paged  # x, the center, the table, starts, pages
     none = {} if paged else {"pages_ptr": None}
     aliases = {first: 0, first + 1: 1}
-    return _encode(x, center, [starts, *pages, codes, norms], outs, none, aliases, quantizer, capability)
+    return _encode(x, center, [starts, *pages, codes, norms], outs, none, aliases, quantizer, gluon, capability)
 
 
-def _encode(x, center, arrays, outs, none, aliases, quantizer, capability):
-    name, constants, grid, num_warps = compress_launch(
-        quantizer, x.shape[:3], encode=True, aligned=quantizer.packed_dim % 4 == 0
-    )
-    batch, heads, length = x.shape[:3]
+def _encode(x, center, arrays, outs, none, aliases, quantizer, gluon, capability):
+    aligned = quantizer.packed_dim % 4 == 0
     (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
-    constants |= none | _strides("x", x.shape) | _strides("codes", outs[0].shape)
-    constants |= _strides("norms", (*outs[1].shape, 1))
+    strides = _strides("x", x.shape) | _strides("codes", outs[0].shape) | _strides("norms", (*outs[1].shape, 1))
+    sizes = {"S": size, "N": rows, "M": pages[0].shape[1] if pages else 0}
+    if gluon:
+        if capability // 10 != 9:
+            raise NotImplementedError(
+                f"'gluon' needs a Hopper device, got one of sm_{capability}; 'xla' has no such need."
+            )
+        constants, grid, options = gluon_compress_launch(quantizer, x.shape[:3], aligned=aligned)
+        return triton_call.launch(
+            load("gluon_compress"), [x, jnp.asarray(place_table(quantizer)), *arrays], outs,
+            constants | none | strides | sizes, grid=grid, capability=capability, aliases=aliases, **options,
+        )  # fmt: skip
+    name, constants, grid, num_warps = compress_launch(quantizer, x.shape[:3], encode=True, aligned=aligned)
+    batch, heads, length = x.shape[:3]
+    constants |= none | strides | sizes
     constants |= _strides("center", center[0].shape, x.shape) if center else {"center_ptr": None}
     constants |= {} if center else {f"center_stride_{axis}": 0 for axis in "bkt"}
-    constants |= {"vectors": batch * heads * length, "K": heads, "T": length, "S": size, "N": rows}
-    constants["M"] = pages[0].shape[1] if pages else 0
-    operands = [x, *center, jnp.asarray(compress_table(quantizer)), *arrays]
+    constants |= {"vectors": batch * heads * length, "K": heads, "T": length}
     return triton_call.launch(
-        load(name), operands, outs, constants, grid=grid, capability=capability, aliases=aliases,
-        num_warps=num_warps, num_stages=1,
+        load(name), [x, *center, jnp.asarray(compress_table(quantizer)), *arrays], outs, constants,
+        grid=grid, capability=capability, aliases=aliases, num_warps=num_warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -108,7 +133,11 @@ def _strides(name, shape, broadcast=None):
 
 
 def _in_four_axes(x):
-    return x.reshape(1, prod(x.shape[:-2]), *x.shape[-2:])
+    return x.reshape(_four_axes(x.shape))
+
+
+def _four_axes(shape):
+    return shape if len(shape) == 4 else (1, prod(shape[:-2]), *shape[-2:])
 
 
 def _present(*arrays):

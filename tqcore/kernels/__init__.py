@@ -21,11 +21,13 @@ KERNELS = {
     "gluon_attention": ("gluon_attention", "attention_kernel"),
     "merge": ("attention", "merge_kernel"),
     "compress": ("compress", "compress_kernel"),
+    "gluon_compress": ("gluon_compress", "compress_kernel"),
     "dense_compress": ("dense_compress", "dense_compress_kernel"),
     "decompress": ("decompress", "decompress_kernel"),
     "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
 FEW_VECTORS = 8192  # up to which they are spread over more lanes and programs
+GLUON_VECTORS = 16  # of a program of the Gluon encoder
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 
@@ -73,6 +75,41 @@ def compress_table(quantizer: Quantizer) -> NDArray[np.int32]:
     return words
 
 
+@cache
+def companding(quantizer: Quantizer) -> tuple[float, float]:
+    """(limit, steepness) such that limit · tanh(steepness · y), rounded, names the one boundary to compare y with.
+
+    Boundaries count from the one at zero on. That of each is nearest to its own number, with a hundredth to spare.
+
+    Raises:
+      ValueError: a hyperbolic tangent does not tell the boundaries apart.
+    """
+    half = 2 ** (quantizer.code_bits - 1)
+    if half == 1:
+        return 0.0, 1.0
+    boundaries, numbers = quantizer.codebook.boundaries[half:].astype(np.float64), np.arange(1, half)
+    limits = half - 0.5 - np.geomspace(0.005, 0.5, 100)[:, None]
+    steepness = np.linspace(0.2, 3, 400) / boundaries[-1]
+    room = 0.5 - np.abs(limits[..., None] * np.tanh(steepness[:, None] * boundaries) - numbers).max(-1)
+    room = np.minimum(room, half - 0.5 - limits)
+    best = np.unravel_index(np.argmax(room), room.shape)
+    if room[best] < 0.01:
+        raise ValueError(f"A hyperbolic tangent must tell boundaries apart, got {boundaries}.")
+    return float(limits[best[0], 0]), float(steepness[best[1]])
+
+
+def place_table(quantizer: Quantizer) -> NDArray[np.float32]:
+    """[32]: boundary n, from the one at zero on, times the steepness of `companding`, at n % 32."""
+    half, table = 2 ** (quantizer.code_bits - 1), np.zeros(32, np.float32)
+    table[np.arange(1 - half, half)] = quantizer.codebook.boundaries * np.float32(companding(quantizer)[1])
+    return table
+
+
+def are_many(vectors: int) -> bool:
+    """Whether so many vectors fill a device, each of them in few lanes."""
+    return vectors > FEW_VECTORS
+
+
 def can_compress(quantizer: Quantizer) -> bool:
     """Whether the encoders and decoders take this quantizer."""
     return 8 <= quantizer.head_dim <= tuning.MAX_HEAD_DIM
@@ -103,13 +140,39 @@ def compress_launch(
     if encode:
         constants["BOUNDARIES"] = tuple(codebook.boundaries[half:].tolist())
     many = max(2, head_dim // 64) if encode else 4
-    lanes = min((16 if encode else 8) if vectors <= FEW_VECTORS else many, head_dim // 8)
+    lanes = min(many if are_many(vectors) else (16 if encode else 8), head_dim // 8)
     block_v = 32 // lanes  # one warp, in which Triton's layouts of [BLOCK_V, lanes] agree
     tiled = length % block_v == 0 and max(batch, heads) < 2**16
     grid = (length // block_v, heads, batch) if tiled else (tuning.ceil_div(vectors, block_v), 1, 1)
     constants |= {"SCALE": float(inverse_sqrt(head_dim)), "CENTROIDS": centroid_words(codebook.centroids[half:])}
     constants |= {"TILED": tiled, "ALIGNED": aligned, "PTX": ptx, "BLOCK_V": block_v, "L": lanes}
     return name, constants, grid, 1
+
+
+def gluon_takes(quantizer: Quantizer, shape: Sequence[int], dtype: str, centered: bool) -> bool:
+    """Whether the Gluon encoder takes vectors [B, K, T] of that type."""
+    fits = quantizer.rotation == "hadamard" and quantizer.head_dim in (64, 128)
+    return fits and dtype == "bfloat16" and not centered and shape[2] % GLUON_VECTORS == 0 and max(shape[:2]) < 2**16
+
+
+def gluon_compress_launch(
+    quantizer: Quantizer, shape: Sequence[int], *, aligned: bool = True
+) -> tuple[dict[str, Any], tuple[int, int, int], dict[str, int]]:
+    """Constants, grid and options of the Gluon encoder; as `compress_launch`."""
+    head_dim, bits, (batch, heads, length) = quantizer.head_dim, quantizer.code_bits, shape
+    limit, steepness = companding(quantizer)
+    constants = {
+        "D": head_dim,
+        "BITS": bits,
+        "CORRECTED": quantizer.norm == "corrected",
+        "SIGNS": sum(1 << d for d in np.flatnonzero(signs(quantizer) < 0).tolist()),
+        "SCALE": float(inverse_sqrt(head_dim)),
+        "LIMIT": limit,
+        "STEEPNESS": steepness,
+        "CENTROIDS": centroid_words(quantizer.codebook.centroids[2 ** (bits - 1) :]),
+        "ALIGNED": aligned,
+    }
+    return constants, (length // GLUON_VECTORS, heads, batch), {"num_warps": 1, "num_stages": 1, "maxnreg": 96}
 
 
 def centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:

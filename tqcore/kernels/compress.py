@@ -20,6 +20,7 @@ INFINITY_BITS = tl.constexpr(fixed_point.INFINITY_BITS)
 MIN_EXPONENT = tl.constexpr(fixed_point.MIN_EXPONENT)
 MIN_EXPONENT_BITS = tl.constexpr(fixed_point.MIN_EXPONENT_BITS)
 MAGIC = tl.constexpr(8388608.0)  # 2^23: the low bits of MAGIC + n are n
+SMALLEST_SQUARE, LARGEST_SQUARE = tl.constexpr(2.0**-40), tl.constexpr(2.0**40)
 ROTATION = tl.constexpr(32)  # where the signs start in `tqcore.kernels.compress_table`
 
 # The centroids of four nibbles of $8 and of four of $9, by three bits of each, from the lowest on; the fourth bit is 0.
@@ -47,8 +48,8 @@ LOOKUP_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r")
 # it for free.
 FIND = tl.constexpr(
     tuple(
-        "{.reg .pred p1, p2, p3; .reg .b32 i; .reg .f32 z, t, u; "
-        "shr.s32 i, $1, 31; add.s32 i, i, $1; mov.b32 z, i; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
+        "{.reg .pred p1, p2, p3; .reg .f32 z, t, u; "
+        "add.rz.f32 z, $1, 0f00000001; abs.f32 z, z; mov.f32 $0, $2; " + text + "}"
         for text in (
             "",
             "setp.ge.f32 p1, z, $4; @p1 add.f32 $0, $0, $3;",
@@ -148,19 +149,44 @@ def _across(x, V: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _tree_sum(x, V: tl.constexpr, L: tl.constexpr):
-    """The sum [V] of all coordinates by halving them, `tqcore.fixed_point.tree_sum`."""
+def _tree_sum(x, V: tl.constexpr, L: tl.constexpr, W: tl.constexpr = 8):
+    """The sum [V] of all coordinates, W in turn a lane, by halving them, `tqcore.fixed_point.tree_sum`."""
     for _ in tl.static_range(7):
-        if len(x) > 8:
+        if len(x) > W:
             x = _halve(x)
     lanes = ()
-    for i in tl.static_range(8):
+    for i in tl.static_range(W):
         total = x[i]
         for k in tl.static_range(4):
             if (L >> k) > 1:
                 total = tl.sum(tl.reshape(total, [V, 2, L >> (k + 1)]), 1)
         lanes += (tl.reshape(total, [V]),)
-    return _halve(_halve(_halve(lanes)))[0]
+    for _ in tl.static_range(3):
+        if len(lanes) > 1:
+            lanes = _halve(lanes)
+    return lanes[0]
+
+
+@triton.jit
+def _square(x, HALF: tl.constexpr, V: tl.constexpr, L: tl.constexpr, W: tl.constexpr = 8):
+    """The tree sum of squares; where those are exact, a sum of two rounds once though it is fused."""
+    squares = ()
+    if HALF and len(x) > W:
+        for i in tl.static_range(len(x) // 2):
+            other = x[i + len(x) // 2]
+            squares += (tl.fma(x[i], x[i], other * other),)
+    else:
+        for i in tl.static_range(len(x)):
+            squares += (x[i] * x[i],)
+    return _tree_sum(squares, V, L, W)
+
+
+@triton.jit
+def _scaled(x, usable, inverse):
+    y = ()
+    for i in tl.static_range(len(x)):
+        y += (tl.where(usable, x[i], 0.0) * inverse,)
+    return y
 
 
 @triton.jit
@@ -188,7 +214,7 @@ def _find(opposite, word, bounds, FIRST: tl.constexpr, BITS: tl.constexpr, PTX: 
         for n in tl.static_range(BITS - 1):
             arguments += (1.0 * (1 << (FIRST + n)),)
         found = tl.inline_asm_elementwise(
-            FIND[BITS - 1], "=&f,r,f" + ",f" * (BITS - 1 + len(bounds)), arguments + bounds, tl.float32, True, 1
+            FIND[BITS - 1], "=&f,f,f" + ",f" * (BITS - 1 + len(bounds)), arguments + bounds, tl.float32, True, 1
         )
     else:
         bits = opposite.to(tl.int32, bitcast=True)
@@ -400,21 +426,21 @@ def compress_kernel(
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
 
     lane = tl.arange(0, L)[None, :]
+    HALF: tl.constexpr = center_ptr is None and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     x = _load(x_row_ptr, center_row_ptr, live, D, V, L, J, PTX)
-    largest = tl.abs(x[0])
-    for i in tl.static_range(1, 8 * J):
-        largest = tl.maximum(largest, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
-    finite, usable, e = exponent(tl.max(largest.to(tl.int32, bitcast=True) & ABS_MASK, 1))
-    inverse = tl.where(usable, power_of_two(-e), 0.0)[:, None]
-    scaled = ()
-    squares = ()
-    for i in tl.static_range(8 * J):
-        scaled += (x[i] * inverse,)
-        squares += (scaled[i] * scaled[i],)
-    square = _tree_sum(squares, V, L)
+    square = _square(x, HALF, V, L)
+    finite, usable, e = square == square, square == square, tl.zeros([V], tl.int32)
+    ordinary = ((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)).to(tl.int32)
+    if not HALF or tl.min(tl.reshape(ordinary[:, None] + 0 * lane, [V * L]), 0) == 0:
+        largest = tl.abs(x[0])
+        for i in tl.static_range(1, 8 * J):
+            largest = tl.maximum(largest, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
+        finite, usable, e = exponent(tl.max(largest.to(tl.int32, bitcast=True) & ABS_MASK, 1))
+        x = _scaled(x, usable[:, None], power_of_two(-e)[:, None])
+        square = _square(x, HALF, V, L)
     length = tl.sqrt_rn(square)
 
-    y = _rotate(scaled, table_ptr, V, L, J, PTX)
+    y = _rotate(x, table_ptr, V, L, J, PTX)
     radius = tl.where(usable, length, 1.0)[:, None] + tl.zeros([V, L], tl.float32)
     bounds = ()
     for i in tl.static_range(len(BOUNDARIES)):
