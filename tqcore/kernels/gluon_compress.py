@@ -208,20 +208,19 @@ def _scaled(words, usable, inverse):
 
 
 @gluon.jit
-def _two_words(y, along, n: gl.constexpr, factor, bounds, table, code_row_ptr, inside, lane, D: gl.constexpr,
+def _two_words(y, along, n: gl.constexpr, factor, bounds, table, code_row_ptr, inside, lane, turn, own, D: gl.constexpr,
                BITS: gl.constexpr, CORRECTED: gl.constexpr, LIMIT: gl.constexpr, ALIGNED: gl.constexpr):  # fmt: skip
-    """Stores words n + 4·(n // 4) and the fourth after it, of eight coordinates each; eight sums of |y| · centroid."""
+    """Stores words n + 4·(n // 4) and the fourth after it, of eight coordinates each; adds to |y| · centroid."""
     FIRST: gl.constexpr = n // 4 * 8 + n % 4
     index = gl.zeros([V, 2], gl.int32, _lanes_layout())
     magnitudes, sums = (), ()
     for i in gl.static_range(8):  # from the highest nibble on, the words by turns
-        one = y[4 * (FIRST + 4 * (1 - i % 2)) + 3 - i // 2]
-        arguments = [one * factor, bounds, LIMIT]
+        one = y[4 * (FIRST + 4 * (1 - i % 2)) + 3 - i // 2] * factor
+        arguments = [one, bounds, LIMIT]
         place = gl.inline_asm_elementwise(FIND, "=&r,f,f,f", arguments, dtype=gl.int32, is_pure=False, pack=1)
         index = (index << 4) + place
         magnitudes += (gl.abs(one),)
     index += (2 ** (BITS - 1) - 1) * 0x11111111 - ROUNDERS
-    turn, own = gl.where(lane == 0, 4, 28), gl.where(lane == 0, HIGH_NIBBLES, ~HIGH_NIBBLES)
     word = gl.inline_asm_elementwise(EXCHANGE, "=r,r,r,r", [index, turn, own], dtype=gl.int32, is_pure=False, pack=1)
     _store_codes(code_row_ptr, 4 * lane, FIRST, word, inside, D, BITS, ALIGNED)
     if CORRECTED:
@@ -299,6 +298,9 @@ def compress_kernel(
         if (1 << n) < len(y):
             y = _butterflies(y, lane_sign, 1 << n, SIGNS)
 
+    zero = (first + thread) >> 31  # which the compiler does not know: `prmt` cannot read what it knows to be uniform
+    table = CENTROIDS[0] + zero, CENTROIDS[1] + zero, CENTROIDS[2] + zero, CENTROIDS[3] + zero
+    turn, own = gl.where(lane == 0, 4, 28), gl.where(lane == 0, HIGH_NIBBLES, ~HIGH_NIBBLES)
     length = gl.sqrt_rn(square)
     size = gl.where(usable, length, 1.0)
     inverse = gl.rsqrt(gl.where(usable, square, 1.0))
@@ -306,19 +308,16 @@ def compress_kernel(
     factor = inverse[:, None] * gl.where(lane == 0, _sign(SIGNS, 0, 0), _sign(SIGNS, 1, 0)) * (SCALE * STEEPNESS)
     t = (first + gl.arange(0, V, layout=LR)).to(gl.int64)
     row, position, inside = slots(b, k, t, gl.full([V], True, gl.int1, LR), starts_ptr, pages_ptr, S, N, M)
+    norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
-    zero = (
-        first + thread
-    ) >> 31  # as the compiler does not know: else it keeps the words where `prmt` cannot read them
-    table = CENTROIDS[0] + zero, CENTROIDS[1] + zero, CENTROIDS[2] + zero, CENTROIDS[3] + zero
     nothing = zeros.to(gl.float32)
     along = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
     for n in gl.static_range(D // 16):
         along = _two_words(
-            y, along, n, factor, bounds, table, code_row_ptr, inside[:, None], lane, D, BITS, CORRECTED, LIMIT, ALIGNED
-        )
+            y, along, n, factor, bounds, table, code_row_ptr, inside[:, None], lane, turn, own,
+            D, BITS, CORRECTED, LIMIT, ALIGNED,
+        )  # fmt: skip
     norm = length
     if CORRECTED:
-        norm = gl.div_rn(square, gl.where(usable, _sum(along) * SCALE, 1.0))
-    norm_ptr = norms_ptr + row * norms_stride_b + k * norms_stride_k + position * norms_stride_s
+        norm = gl.div_rn(square, gl.where(usable, _sum(along) * (length / STEEPNESS), 1.0))
     gl.store(norm_ptr, gl.where(finite, norm * power_of_two(e), float("nan")), mask=inside)
