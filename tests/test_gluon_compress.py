@@ -32,8 +32,7 @@ def test_a_tangent_tells_boundaries_apart(head_dim, bits):
     named = np.rint(limit * np.tanh(steepness * y)).astype(int)
     assert np.array_equal(named[: len(boundaries)], np.arange(1 - half, half))
     table = kernels.place_table(quantizer)
-    above = steepness * y > table[named % 32] * (1 + 1e-6)
-    below = steepness * y < table[named % 32] * (1 - 1e-6)
+    above, below = y > table[named % 32] + 1e-7, y < table[named % 32] - 1e-7
     index = named + half - 1 + above
     sure = (above | below) & (np.abs(y[:, None] - boundaries).min(1) > 1e-6)
     assert np.array_equal(index[sure], (y[:, None] > boundaries).sum(1)[sure]) and sure.sum() > 3900

@@ -22,25 +22,42 @@ from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT_BITS, QUERY_LIMIT
-from tqcore.kernels import can_compress, centroid_words
+from tqcore.kernels import can_compress, centroid_words, companding, place_table
 from tqcore.rotation import inverse_sqrt, matrix, signs
 from tqjax import partition
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays by signed 32-bit offsets
 
 CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
-MAGIC = 8388608.0  # 2^23: the low bits of MAGIC + n are n
 SIGN_BIT = -(2**31)
 FEW_ROWS = 8192  # up to which they are spread over more lanes and programs
 DENSE_STEP = 32  # rows of the matrix that a step of a dense rotation takes
+
+SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-40, 2.0**40  # between which ‖x‖² of 16-bit floats needs no power of two
+ROUNDERS = fixed_point.ROUNDER_BITS * 0x11111111 % 2**32  # what eight of them add to a word of nibbles
+
+# $0 = ROUNDER + the place of a coordinate $1, that of the last boundary below it and 1, counted from the boundary at
+# zero. A hyperbolic tangent of factors $2 and $5 tells which boundary is in question; lane `place % 32` holds that one
+# in $4, and $3 is the radius.
+FIND = """{
+.reg .pred above;
+.reg .f32 t;
+mul.f32 t, $1, $2;
+tanh.approx.f32 t, t;
+fma.rn.f32 t, t, $5, 0f4B400000;
+mov.b32 $0, t;
+shfl.sync.idx.b32 t, $4, $0, 31, -1;
+mul.rn.f32 t, t, $3;
+setp.gt.f32 above, $1, t;
+@above add.s32 $0, $0, 1;
+}"""
 
 # The centroid of a nibble of $1, by three bits of it. The float32 of centroids end in two bytes of zeros: $2 $3 are
 # the first bytes of the eight, $4 $5 the second ones. A selector of `prmt` with its fourth bit set repeats the sign of
 # a byte, which is zero. (Pallas takes one result a call; ptxas merges what the eight calls share.)
 CENTROID = """{
 .reg .b32 select, first, second;
-and.b32 select, $1, 0x77777777;
-shr.u32 select, select, %d;
+shr.u32 select, $1, %d;
 prmt.b32 first, $2, $3, select;
 prmt.b32 second, $4, $5, select;
 prmt.b32 $0, first, second, 0x%s;
@@ -118,42 +135,19 @@ def _halve(x):
     return [x[i] + x[i + half] for i in range(half)]
 
 
-def _search(opposite, r, boundaries):
-    """The bits of the index of a magnitude, the highest first, each 0.0 or 1.0.
+def _find(y, steepness, radius, bounds, limit, boundaries):
+    """Bits of ROUNDER + the place of each coordinate: of the last boundary below it and 1, from that at zero on.
 
     Args:
-      opposite: −y. Where its sign is set, y is positive and counts as the next smaller magnitude, and a magnitude on a
-        boundary is above it: so a coordinate on a boundary goes down on both sides of zero.
-      r: the radius.
-      boundaries: the positive ones.
+      bounds: what lanes hold of the boundaries, or None where nothing is assembled.
+      limit: of `tqcore.kernels.companding`.
+      boundaries: all of them.
     """
-    bits = _bits(opposite)
-    z = jnp.abs(_float(bits + (bits >> 31)))
-    b = boundaries
-    if len(b) == 0:
-        return []
-    if len(b) == 1:
-        return [_reaches(z, b[0] * r)]
-    if len(b) == 3:
-        m1 = _reaches(z, b[1] * r)
-        return [m1, _reaches(z, (m1 * (b[2] - b[0]) + b[0]) * r)]
-    m1 = _reaches(z, b[3] * r)
-    m2 = _reaches(z, (m1 * (b[5] - b[1]) + b[1]) * r)
-    lower = m1 * (b[4] - b[0]) + b[0]
-    steps = b[2] - b[0]
-    step = m1 * (b[6] - b[4] - steps) + steps
-    return [m1, m2, _reaches(z, (m2 * step + lower) * r)]
-
-
-def _place(found, word, first):
-    """word + the bits found, the last of them at bit `first`."""
-    for n, bit in enumerate(reversed(found)):
-        word = bit * float(1 << (first + n)) + word
-    return word
-
-
-def _reaches(a, b):
-    return jnp.where(a >= b, 1.0, 0.0)
+    if bounds is not None and len(boundaries) > 1:
+        limit = jnp.full(y.shape, limit, jnp.float32)
+        return _assembly(FIND, "=&r,f,f,f,f,f", y, steepness, radius, bounds, limit, dtype=jnp.int32)
+    place = jnp.full(y.shape, fixed_point.ROUNDER_BITS - len(boundaries) // 2, jnp.int32)
+    return place + sum((y > boundary * radius).astype(jnp.int32) for boundary in boundaries)
 
 
 def _centroids(word, table, ptx):
@@ -218,8 +212,8 @@ def _float(bits):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _assembly(text, constraints, *arguments):
-    result = jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)
+def _assembly(text, constraints, *arguments, dtype=jnp.float32):
+    result = jax.ShapeDtypeStruct(arguments[0].shape, dtype)
     return plgpu.elementwise_inline_asm(
         text, args=list(arguments), constraints=constraints, pack=1, result_shape_dtypes=[result]
     )[0]
@@ -227,18 +221,31 @@ def _assembly(text, constraints, *arguments):
 
 def _multiply(a, b, ptx):
     """a · b rounded once, never fused with an addition: on a CPU by a minimum that changes nothing."""
+    b = jnp.broadcast_to(b, a.shape)
     return _assembly("mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b) if ptx else jnp.minimum(a * b, QUERY_LIMIT**2)
 
 
-def _opposite(y, factor, ptx):
-    """−factor · y, but never −0."""
-    factor = jnp.full(y.shape, -factor, jnp.float32)
-    if ptx:
-        return _assembly("fma.rn.f32 $0, $1, $2, 0f00000000;", "=f,f,f", y, factor)
-    return jnp.where(y == 0, 0.0, y * factor)
+def _square(x, half, ptx):
+    """‖x‖² [R]; squares of 16-bit floats are exact, so that a sum of two may be fused."""
+    n = len(x) // 2
+    if half and n >= 8:
+        return _tree_sum([x[i] * x[i] + _multiply(x[i + n], x[i + n], ptx) for i in range(n)])
+    return _tree_sum([_multiply(one, one, ptx) for one in x])
 
 
-def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, boundaries, ptx):
+def _scaled(x, half, ptx):
+    """x̃, its square, and e; whether x has a direction, and is finite, as 1 or 0."""
+    magnitude = functools.reduce(jnp.maximum, (_bits(one) & ABS_MASK for one in x))
+    magnitude = jnp.max(magnitude, axis=1)
+    finite = magnitude < INFINITY_BITS
+    usable = finite & (magnitude >= MIN_EXPONENT_BITS)
+    e = jnp.where(usable, ((magnitude + CARRY) >> 23) - BIAS, 0)
+    inverse = _float(jnp.where(usable, (127 - e) << 23, 0))[:, None]
+    x = [jnp.where(usable[:, None], one, 0.0) * inverse for one in x]
+    return (*x, _square(x, half, ptx), e, usable.astype(jnp.int32), finite.astype(jnp.int32))
+
+
+def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, corrected, boundaries, ptx):
     """x [rows, D] to codes [rows, P] and norms [rows]; refs: the center's, if any, and those."""
     *center_ref, codes_ref, norms_ref = refs
     R, L, J, D, bits = (constants[name] for name in ("R", "L", "J", "D", "BITS"))
@@ -248,45 +255,50 @@ def _compress_kernel(x_ref, rotation_ref, *refs, constants, center, corrected, b
 
     within = jnp.arange(L)[None, :, None] * 8 + jnp.arange(8)[None, None, :]
     x = [one for j in range(J) for one in _split8(load(8 * L * j + within))]
-    magnitude = functools.reduce(jnp.maximum, (_bits(one) & ABS_MASK for one in x))
-    magnitude = jnp.max(magnitude, axis=1)
-    usable = (magnitude < INFINITY_BITS) & (magnitude >= MIN_EXPONENT_BITS)
-    e = jnp.where(usable, ((magnitude + CARRY) >> 23) - BIAS, 0)
-    inverse = _float(jnp.where(usable, (127 - e) << 23, 0))[:, None]
-    scaled = [one * inverse for one in x]
-    square = _tree_sum([_multiply(one, one, ptx) for one in scaled])
+    half = x_ref.dtype.itemsize == 2 and not center_ref
+    scale = functools.partial(_scaled, x, half, ptx)
+    if half:  # scaled or not, all sums of ordinary vectors have the same bits
+        square = _square(x, half, ptx)
+        ordinary = ((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)).astype(jnp.int32)
+        zeros = jnp.zeros(R, jnp.int32)
+        *scaled, square, e, usable, finite = lax.cond(
+            jnp.min(ordinary) == 1, lambda: (*x, square, zeros, zeros + 1, zeros + 1), scale
+        )
+    else:
+        *scaled, square, e, usable, finite = scale()
+    usable = usable == 1
     length = _assembly("sqrt.rn.f32 $0, $1;", "=f,f", square) if ptx else jnp.sqrt(square)
 
     dense = constants["DENSE"]
-    y = _dense(load, rotation_ref, inverse, constants) if dense else _rotate(scaled, rotation_ref, within)
-    radius = jnp.where(usable, length, 1.0)[:, None]
+    inverse = _float((127 - e) << 23)[:, None]
+    y = _dense(load, rotation_ref, inverse, usable, constants) if dense else _rotate(scaled, rotation_ref, within)
+    zeros = jnp.zeros((R, L), jnp.float32)
+    radius = jnp.where(usable, length, 1.0)[:, None] + zeros
+    steepness, bounds = constants["STEEPNESS"] / radius, None
+    if ptx:
+        lane = _assembly("mov.u32 $0, %laneid; // $1", "=r,r", zeros, dtype=jnp.int32)
+        bounds = plgpu.load(places_ref.at[lane])
     products = []
     for j in range(J):
-        high = low = jnp.full((R, L), MAGIC, jnp.float32)
-        sign = jnp.zeros((R, L), jnp.int32)
-        magnitudes = []
+        index = jnp.zeros((R, L), jnp.int32)
+        ones = []
         for i in range(8):  # from the highest nibble on
-            opposite = _opposite(y[8 * j + (7 - i ^ 1)], constants["FACTOR"], ptx)
-            found = _search(opposite, radius, boundaries)
-            if i < 4:
-                high = _place(found, high, 12 - 4 * i)
-            else:
-                low = _place(found, low, 28 - 4 * i)
-            sign = (sign << 4) | ((_bits(opposite) >> 28) & 15)
-            magnitudes.append(jnp.abs(opposite))
-        word = (_bits(low) & 0xFFFF) | (_bits(high) << 16)
-        positive = (sign >> 3 & 0x11111111) << (bits - 1)
-        index = _indices(jnp.where(usable[:, None], word | positive, 0), bits)
+            one = _multiply(y[8 * j + (7 - i ^ 1)], np.float32(constants["FACTOR"]), ptx)
+            index = (index << 4) + _find(one, steepness, radius, bounds, constants["LIMIT"], boundaries)
+            ones.append(jnp.abs(one))
+        index = index + ((2 ** (bits - 1) - 1) * 0x11111111 - ROUNDERS)
+        index = jnp.where(usable[:, None], index, (2 ** (bits - 1) - 1) * 0x11111111)
         group = (j * L + jnp.arange(L))[None, :]
         _store_codes(codes_ref, row, group, index, live[:, None] & (group < D // 8), D, bits)
         if corrected:
+            word = _indices(index, bits) & (0x11111111 * (2 ** (bits - 1) - 1))
             centroids = _centroids(word, constants["TABLE"], ptx)
-            products += [_multiply(magnitudes[7 - i ^ 1], centroids[i ^ 1], ptx) for i in range(8)]
+            products += [_multiply(ones[7 - i ^ 1], centroids[i ^ 1], ptx) for i in range(8)]
     norm = length
     if corrected:
         along = jnp.where(usable, _tree_sum(products), 1.0)
         norm = _assembly("div.rn.f32 $0, $1, $2;", "=f,f,f", square, along) if ptx else square / along
-    norm = jnp.where(magnitude < INFINITY_BITS, norm * _float((e + 127) << 23), np.float32(np.nan))
+    norm = jnp.where(finite == 1, norm * _float((e + 127) << 23), np.float32(np.nan))
     plgpu.store(norms_ref.at[row], norm, mask=live)
 
 
@@ -312,7 +324,7 @@ def _rotate(x, signs_ref, within):
     return _hadamard(y, 1)
 
 
-def _dense(load, matrix_ref, inverse, constants):
+def _dense(load, matrix_ref, inverse, usable, constants):
     """R x̃ as 8·J arrays of [R, L]."""
     D, width = constants["D"], 8 * constants["L"] * constants["J"]
     column = jnp.arange(width)[None, :]
@@ -320,7 +332,7 @@ def _dense(load, matrix_ref, inverse, constants):
 
     def add(i, acc):
         d = i * step + jnp.arange(step)
-        part = load(d[None, :]) * inverse
+        part = jnp.where(usable[:, None], load(d[None, :]), 0.0) * inverse
         inside = (d[:, None] < D) & (column < D)
         rows = plgpu.load(matrix_ref.at[d[:, None], column], mask=inside, other=0.0)
         return acc + jnp.dot(part, rows, precision=lax.Precision.HIGHEST)
@@ -350,9 +362,9 @@ def compress(x, quantizer, center=None, *, interpret=False):
     kernel = functools.partial(
         _compress_kernel, constants=constants, center=_center_row(center, shape),
         corrected=quantizer.norm == "corrected", ptx=not interpret,
-        boundaries=quantizer.codebook.boundaries[2 ** (quantizer.code_bits - 1) :].tolist(),
+        boundaries=quantizer.codebook.boundaries.tolist(),
     )  # fmt: skip
-    arrays = [x.reshape(rows, shape[-1]), _rotation(quantizer, False)]
+    arrays = [x.reshape(rows, shape[-1]), _rotation(quantizer, False), jnp.asarray(place_table(quantizer))]
     arrays += [] if center is None else [center.reshape(-1, shape[-1])]
     outs = [
         partition.struct((rows, quantizer.packed_dim), jnp.uint8),
@@ -387,6 +399,8 @@ def _constants(quantizer, rows):
         "D": quantizer.head_dim,
         "BITS": bits,
         "TABLE": centroid_words(quantizer.codebook.centroids[2 ** (bits - 1) :]),
+        "LIMIT": companding(quantizer)[0],
+        "STEEPNESS": companding(quantizer)[1],
         "FACTOR": 1.0 if dense else float(inverse_sqrt(quantizer.head_dim)),
         "DENSE": dense,
         "R": 32 // lanes,

@@ -99,9 +99,9 @@ def companding(quantizer: Quantizer) -> tuple[float, float]:
 
 
 def place_table(quantizer: Quantizer) -> NDArray[np.float32]:
-    """[32]: boundary n, from the one at zero on, times the steepness of `companding`, at n % 32."""
+    """[32]: boundary n, from the one at zero on, is number n % 32."""
     half, table = 2 ** (quantizer.code_bits - 1), np.zeros(32, np.float32)
-    table[np.arange(1 - half, half)] = quantizer.codebook.boundaries * np.float32(companding(quantizer)[1])
+    table[np.arange(1 - half, half)] = quantizer.codebook.boundaries
     return table
 
 

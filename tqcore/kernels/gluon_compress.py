@@ -280,7 +280,7 @@ def compress_kernel(
     zeros = gl.zeros([V, 2], gl.int32, LV)
     lane = gl.arange(0, 2, layout=gl.SliceLayout(0, LV))[None, :] + zeros
     thread = gl.inline_asm_elementwise(LANE, "=r,r", [zeros], dtype=gl.int32, is_pure=True, pack=1)
-    bounds = gl.load(places_ptr + thread)
+    bounds = gl.load(places_ptr + thread) * STEEPNESS
     select = gl.where(lane == 0, 0x1044, 0x3244), gl.where(lane == 0, 0x3244, 0x1044)
     lane_sign = gl.where(lane == 0, 1.0, -1.0), gl.where(lane == 0, -1.0, 1.0)
     async_copy.wait_group(0)
