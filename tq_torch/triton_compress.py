@@ -53,10 +53,10 @@ def _in_four_axes(x):
 
 
 def _encode(x, center, starts, page_table, codes, norms, quantizer, gluon):
-    pages = 0 if page_table is None else page_table.shape[1]
+    aligned, pages = _aligned(codes), 0 if page_table is None else page_table.shape[1]
     outs = codes.shape[2], codes.shape[0], pages
     if gluon:
-        constants, grid, options = gluon_compress_launch(quantizer, x.shape[:3], aligned=_aligned(codes))
+        constants, grid, options = gluon_compress_launch(quantizer, x.shape[:3], aligned=aligned)
         load("gluon_compress")[grid](
             x, _places(quantizer, x.device), starts, page_table, None, None, codes, norms,
             *x.stride()[:3], *codes.stride()[:3], *norms.stride(), *outs,
@@ -66,9 +66,7 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer, gluon):
     x = x if x.stride(3) == 1 else x.contiguous()
     if center is not None and center.stride(3) != 1:
         center = center.contiguous()
-    name, constants, grid, num_warps = compress_launch(
-        quantizer, x.shape[:3], encode=True, aligned=_aligned(codes) > 0, ptx=PTX
-    )
+    name, constants, grid, num_warps = compress_launch(quantizer, x.shape[:3], encode=True, aligned=aligned, ptx=PTX)
     load(name)[grid](
         x, center, _table(quantizer, x.device), starts, page_table, None, None, codes, norms, x.shape[:3].numel(),
         *x.stride()[:3], *((0, 0, 0) if center is None else center.stride()[:3]), *codes.stride()[:3], *norms.stride(),
@@ -84,7 +82,7 @@ def decompress(codes, norms, quantizer, dtype, rotated):
         codes, norms = codes.reshape(1, -1, *codes.shape[-2:]), norms.reshape(1, -1, norms.shape[-1])
     codes = codes if codes.stride(3) == 1 else codes.contiguous()
     name, constants, grid, num_warps = compress_launch(
-        quantizer, norms.shape, encode=False, aligned=_aligned(codes) > 0, ptx=PTX
+        quantizer, norms.shape, encode=False, aligned=_aligned(codes), ptx=PTX
     )
     load(name)[grid](
         codes, norms, _table(quantizer, codes.device), out, norms.numel(),
@@ -95,8 +93,7 @@ def decompress(codes, norms, quantizer, dtype, rotated):
 
 
 def _aligned(codes):
-    """How many bytes can be stored at once: 16, 4 or 0 for one by one."""
-    return next((size for size in (16, 4) if not any(n % size for n in (codes.data_ptr(), *codes.stride()[:3]))), 0)
+    return not any(n % 4 for n in (codes.data_ptr(), *codes.stride()[:3]))
 
 
 @cache

@@ -83,7 +83,7 @@ def _append(codes, norms, x, starts, *rest, quantizer, centered, paged, gluon, c
 
 
 def _encode(x, center, arrays, outs, none, aliases, quantizer, gluon, capability):
-    aligned = next((size for size in (16, 4) if quantizer.packed_dim % size == 0), 0)
+    aligned = quantizer.packed_dim % 4 == 0
     (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
     strides = _strides("x", x.shape) | _strides("codes", outs[0].shape) | _strides("norms", (*outs[1].shape, 1))
     sizes = {"S": size, "N": rows, "M": pages[0].shape[1] if pages else 0}
@@ -97,7 +97,7 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, gluon, capability
             load("gluon_compress"), [x, jnp.asarray(place_table(quantizer)), *arrays], outs,
             constants | none | strides | sizes, grid=grid, capability=capability, aliases=aliases, **options,
         )  # fmt: skip
-    name, constants, grid, num_warps = compress_launch(quantizer, x.shape[:3], encode=True, aligned=aligned > 0)
+    name, constants, grid, num_warps = compress_launch(quantizer, x.shape[:3], encode=True, aligned=aligned)
     batch, heads, length = x.shape[:3]
     constants |= none | strides | sizes
     constants |= _strides("center", center[0].shape, x.shape) if center else {"center_ptr": None}

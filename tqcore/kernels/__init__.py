@@ -156,10 +156,9 @@ def gluon_takes(quantizer: Quantizer, shape: Sequence[int], dtype: str, centered
 
 
 def gluon_compress_launch(
-    quantizer: Quantizer, shape: Sequence[int], *, aligned: int = 16
+    quantizer: Quantizer, shape: Sequence[int], *, aligned: bool = True
 ) -> tuple[dict[str, Any], tuple[int, int, int], dict[str, int]]:
-    """Constants, grid and options of the Gluon encoder; as `compress_launch`, but addresses and strides of codes are
-    multiples of `aligned` bytes: 16, 4 or 0."""
+    """Constants, grid and options of the Gluon encoder; as `compress_launch`."""
     head_dim, bits, (batch, heads, length) = quantizer.head_dim, quantizer.code_bits, shape
     limit, steepness = companding(quantizer)
     constants = {

@@ -208,9 +208,10 @@ def _scaled(words, usable, inverse):
 
 
 @gluon.jit
-def _two_words(y, along, FIRST: gl.constexpr, factor, bounds, table, turn, own, BITS: gl.constexpr,
-               CORRECTED: gl.constexpr, LIMIT: gl.constexpr):  # fmt: skip
-    """Eight indices: of word FIRST in lane 0 and of the fourth after it in lane 1; adds to |y| · centroid."""
+def _two_words(y, along, n: gl.constexpr, factor, bounds, table, code_row_ptr, inside, lane, turn, own, D: gl.constexpr,
+               BITS: gl.constexpr, CORRECTED: gl.constexpr, LIMIT: gl.constexpr, ALIGNED: gl.constexpr):  # fmt: skip
+    """Stores words n + 4·(n // 4) and the fourth after it, of eight coordinates each; adds to |y| · centroid."""
+    FIRST: gl.constexpr = n // 4 * 8 + n % 4
     index = gl.zeros([V, 2], gl.int32, _lanes_layout())
     magnitudes, sums = (), ()
     for i in gl.static_range(8):  # from the highest nibble on, the words by turns
@@ -221,36 +222,14 @@ def _two_words(y, along, FIRST: gl.constexpr, factor, bounds, table, turn, own, 
         magnitudes += (gl.abs(one),)
     index += (2 ** (BITS - 1) - 1) * 0x11111111 - ROUNDERS
     word = gl.inline_asm_elementwise(EXCHANGE, "=r,r,r,r", [index, turn, own], dtype=gl.int32, is_pure=False, pack=1)
+    _store_codes(code_row_ptr, 4 * lane, FIRST, word, inside, D, BITS, ALIGNED)
     if CORRECTED:
         index = index.to(gl.uint32, bitcast=True)
         index = (index ^ _flips(index & (0x11111111 << (BITS - 1)), BITS)).to(gl.int32, bitcast=True)
         found = centroids(index, index >> 16, table, True)
         for i in gl.static_range(8):
             sums += (gl.fma(magnitudes[7 - i], found[i], along[i]),)
-    return word, sums
-
-
-@gluon.constexpr_function
-def _last(layout):
-    """That of the last of three axes."""
-    return gl.SliceLayout(0, gl.SliceLayout(1, layout))
-
-
-@gluon.jit
-def _store_four(code_row_ptr, lane, FIRST: gl.constexpr, words, inside, D: gl.constexpr, BITS: gl.constexpr,
-                ALIGNED: gl.constexpr):  # fmt: skip
-    """Four words of each lane, as `_two_words` returns them from word FIRST on."""
-    if BITS == 4 and ALIGNED == 16:
-        four = gl.join(gl.join(words[0], words[2]), gl.join(words[1], words[3])).reshape([V, 2, 4])
-        L4: gl.constexpr = four.type.layout
-        LT: gl.constexpr = gl.SliceLayout(2, L4)
-        first = gl.convert_layout(code_row_ptr + 16 * lane, LT, assert_trivial=True)[:, :, None]
-        at = first.to(gl.pointer_type(gl.int32), bitcast=True) + gl.arange(0, 4, layout=_last(L4))[None, None, :]
-        inside = gl.convert_layout(inside & (lane >= 0), LT, assert_trivial=True)[:, :, None]
-        gl.store(at + FIRST, four, mask=inside)
-    else:
-        for n in gl.static_range(4):
-            _store_codes(code_row_ptr, 4 * lane, FIRST + n, words[n], inside, D, BITS, ALIGNED > 0)
+    return sums
 
 
 @gluon.jit
@@ -283,7 +262,7 @@ def compress_kernel(
     LIMIT: gl.constexpr,  # and STEEPNESS: tqcore.kernels.companding
     STEEPNESS: gl.constexpr,
     CENTROIDS: gl.constexpr,  # the positive ones, as `centroids` reads them
-    ALIGNED: gl.constexpr,  # how many bytes of codes can be stored at once: 16, 4 or 0 for one by one
+    ALIGNED: gl.constexpr,  # whether words of codes can be stored at once
 ):
     WORDS: gl.constexpr = D // 2
     LV: gl.constexpr = _lanes_layout()
@@ -333,14 +312,11 @@ def compress_kernel(
     code_row_ptr = (codes_ptr + row * codes_stride_b + k * codes_stride_k + position * codes_stride_s)[:, None]
     nothing = zeros.to(gl.float32)
     along = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
-    for half in gl.static_range(D // 64):
-        words = ()
-        for n in gl.static_range(4):
-            word, along = _two_words(
-                y, along, 8 * half + n, factor, bounds, table, turn, own, BITS, CORRECTED, LIMIT
-            )  # fmt: skip
-            words += (word,)
-        _store_four(code_row_ptr, lane, 8 * half, words, inside[:, None], D, BITS, ALIGNED)
+    for n in gl.static_range(D // 16):
+        along = _two_words(
+            y, along, n, factor, bounds, table, code_row_ptr, inside[:, None], lane, turn, own,
+            D, BITS, CORRECTED, LIMIT, ALIGNED,
+        )  # fmt: skip
     norm = length
     if CORRECTED:
         norm = gl.div_rn(square, gl.where(usable, _sum(along) * (length / STEEPNESS), 1.0))
