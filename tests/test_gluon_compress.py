@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import ptx
 import pytest
 import torch
 from backends import assert_same_bits, to_array, to_numpy
@@ -72,33 +73,86 @@ def test_needs_a_hopper(package):
 
 # --- compilation -------------------------------------------------------------------------------------------------
 
+POINTERS = {"x_ptr": "*bf16", "places_ptr": "*fp32", "codes_ptr": "*u8", "norms_ptr": "*fp32"}
+POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32", "N": "i32", "M": "i32"}
 
-def compiled(head_dim, bits, paged):
+
+def compiled(quantizer, paged, aligned):
+    """Names of parameters, PTX, and what ptxas says of it."""
     from cubin import compile_kernel, resources
 
-    from tqcore.kernels import gluon_compress_launch, load
-
-    constants, _, options = gluon_compress_launch(Quantizer(head_dim, bits), (1, 1, 2**16))
+    constants, _, options = kernels.gluon_compress_launch(quantizer, (1, 1, 2**16), aligned=aligned)
     none = ["codes_in_ptr", "norms_in_ptr", *([] if paged else ["starts_ptr", "pages_ptr"])]
     constants |= dict.fromkeys(none) | {"norms_stride_s": 1}
-    kernel = load("gluon_compress")
-    pointers = {"x_ptr": "*bf16", "places_ptr": "*fp32", "codes_ptr": "*u8", "norms_ptr": "*fp32"}
-    pointers |= {"starts_ptr": "*i32", "pages_ptr": "*i32", "N": "i32", "M": "i32"}
-    signature = {name: pointers.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
-    return resources(compile_kernel(kernel, signature, constants, 90, **options, enable_fp_fusion=False), 90)
+    kernel = kernels.load("gluon_compress")
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: POINTERS.get(name, "i32:16") for name in names}
+    signature |= {name: "i32" for name in names if name.startswith("codes_stride") and quantizer.packed_dim % 16}
+    made = compile_kernel(kernel, signature, constants, 90, **options, enable_fp_fusion=False)
+    return names, made.asm["ptx"], resources(made, 90)
 
 
 @pytest.mark.parametrize(
     ("head_dim", "bits", "paged"), [(128, 4, False), (128, 4, True), (64, 3, False), (128, 1, False)]
 )
 def test_compiles(in_compiling_process, head_dim, bits, paged, record_property):
-    taken = in_compiling_process(compiled, head_dim, bits, paged)
+    _, _, taken = in_compiling_process(compiled, Quantizer(head_dim, bits), paged, True)
     record_property(
         "resources",
         f"gluon_compress   sm_90   D={head_dim:<4} bits={bits} pages={paged!s:<5}: {taken.registers:>3} registers, "
         f"{taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
     )
     assert taken.spill_bytes <= 32 and taken.registers <= 96
+
+
+def interpreted(in_compiling_process, quantizer, x, packed, starts=None, pages=None, aligned=True):
+    """Writes x [B, K, T, D], bfloat16 in float32, into codes and norms of `packed`, instruction by instruction."""
+    names, text, _ = in_compiling_process(compiled, quantizer, pages is not None, aligned)
+    rows, _, size, _ = packed.codes.shape
+    bits = (x.view(np.uint32) >> 16).astype(np.uint16)
+    given = {"x_ptr": bits, "places_ptr": kernels.place_table(quantizer), "codes_ptr": packed.codes}
+    given |= {"norms_ptr": packed.norms, "starts_ptr": starts, "pages_ptr": pages, "S": size, "N": rows}
+    given["M"] = 0 if pages is None else pages.shape[1]
+    for name, array in (("x_stride", x), ("codes_stride", packed.codes), ("norms_stride", packed.norms)):
+        axes = "bkt" if name[0] == "x" else "bks"
+        given |= {f"{name}_{axis}": n // array.itemsize for axis, n in zip(axes, array.strides[:3], strict=True)}
+    grid = kernels.gluon_compress_launch(quantizer, x.shape[:3])[1]
+    ptx.run(text, {i: given[name] for i, name in enumerate(names)}, grid)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "norm", "aligned"),
+    [(128, 4, "corrected", True), (128, 4, "plain", False), (128, 3, "corrected", True), (128, 2, "plain", True),
+     (128, 1, "corrected", True), (64, 4, "corrected", True), (64, 3, "plain", False)],
+)  # fmt: skip
+def test_its_instructions_give_the_oracles_codes(in_compiling_process, head_dim, bits, norm, aligned):
+    quantizer, x = Quantizer(head_dim, bits, norm=norm, seed=bits), vectors(48, head_dim)
+    packed = PackedVectors(
+        np.full((2, 3, 48, quantizer.packed_dim), 7, np.uint8), np.full((2, 3, 48), 3, np.float32), quantizer
+    )
+    interpreted(in_compiling_process, quantizer, x, packed, aligned=aligned)
+    check(packed.codes, packed.norms, tqcore.compress(x, quantizer), quantizer)
+
+
+def test_its_instructions_append_to_pages(in_compiling_process):
+    quantizer, x = Quantizer(128), vectors(32, 128)[:, :2].copy()
+    starts, pages = np.array([5, 40], np.int32), np.array([[4, 0, 7, 2], [8, 3, 1, 5]], np.int32)
+    ours, oracle = (
+        PackedVectors(np.full((9, 2, 16, 64), 7, np.uint8), np.full((9, 2, 16), 3, np.float32), quantizer)
+        for _ in range(2)
+    )
+    interpreted(in_compiling_process, quantizer, x, ours, starts, pages)
+    oracle = tqcore.append(oracle, x, starts, page_table=pages)
+    check(ours.codes, ours.norms, oracle, quantizer)
+    assert_same_bits(ours.norms == 3, oracle.norms == 3)  # what is past the end is not written
+
+
+def test_another_sign_is_seen(in_compiling_process):
+    quantizer, x = Quantizer(64, 3), vectors(16, 64)
+    packed = PackedVectors(np.zeros((2, 3, 16, 24), np.uint8), np.zeros((2, 3, 16), np.float32), quantizer)
+    interpreted(in_compiling_process, quantizer, x, packed)
+    with pytest.raises(AssertionError):
+        check(packed.codes, packed.norms, tqcore.compress(x, Quantizer(64, 3, seed=1)), quantizer)
 
 
 @pytest.mark.parametrize(("name", "paged"), [("compress", False), ("append", True)])

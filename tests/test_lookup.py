@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import ptx
 import pytest
 
 from tqcore.kernels import lookup
@@ -14,26 +15,6 @@ RNG = np.random.default_rng(0)
 
 # --- the few instructions of PTX, on arrays of uint32 ----------------------------------------------------------
 
-
-def prmt(a, b, selectors):
-    """Byte i of the result is byte s & 7 of a, then b, where s is nibble i; of its sign alone where s has bit 3."""
-    both = a.astype(np.uint64) | b.astype(np.uint64) << 32
-    result = np.zeros_like(a)
-    for i in range(4):
-        selector = selectors >> 4 * i & 15
-        byte = (both >> (8 * (selector & 7)).astype(np.uint64) & 0xFF).astype(np.uint32)
-        byte = np.where(selector & 8, np.where(byte & 0x80, 0xFF, 0), byte).astype(np.uint32)
-        result |= byte << 8 * i
-    return result
-
-
-def lop3(a, b, c, table):
-    """Bit by bit the entry of `table` that the bits of a, b and c number."""
-    bits = [(entry >> 2 & 1, entry >> 1 & 1, entry & 1) for entry in range(8) if int(table.flat[0]) >> entry & 1]
-    terms = [(a if x else ~a) & (b if y else ~b) & (c if z else ~c) for x, y, z in bits]
-    return np.bitwise_or.reduce(terms)
-
-
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "mul.lo.u32": np.multiply,
@@ -41,8 +22,8 @@ INSTRUCTIONS = {
     "and.b32": np.bitwise_and,
     "shl.b32": np.left_shift,
     "shr.u32": np.right_shift,
-    "lop3.b32": lop3,
-    "prmt.b32": prmt,
+    "lop3.b32": ptx.lop3,
+    "prmt.b32": ptx.prmt,
 }
 
 
@@ -199,9 +180,9 @@ def test_registers_are_named():
 def test_instructions():
     """Of the emulator, by hand."""
     a, b = (np.array([x], np.uint32) for x in (0x83020100, 0x07060504))
-    assert prmt(a, b, np.array([0x7531], np.uint32)) == 0x07058301
-    assert prmt(a, b, np.array([0xFBC8], np.uint32)) == 0x00FF0000
-    assert lop3(a, b, np.array([0x100], np.uint32), np.array([0xEA])) == (a & b) | 0x100
+    assert ptx.prmt(a, b, np.array([0x7531], np.uint32)) == 0x07058301
+    assert ptx.prmt(a, b, np.array([0xFBC8], np.uint32)) == 0x00FF0000
+    assert ptx.lop3(a, b, np.array([0x100], np.uint32), np.array([0xEA])) == (a & b) | 0x100
 
 
 # --- the operands of the Gluon kernels, which interpreters do not run either -----------------------------------

@@ -1,0 +1,283 @@
+"""A warp that runs PTX on arrays: what a kernel of one warp computes, without a GPU.
+
+All lanes go through each instruction together, so a branch must be one that all of them take. Copies are done at once,
+and barriers are nothing. `tanh.approx` and `rsqrt.approx` are as far off as NVIDIA allows them to be.
+
+Source: PTX ISA 8.7.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+LANES = 32
+SHARED_BYTES = 2**16
+BUFFER_BITS = 40  # an address is the number of a buffer, then a place in it
+WIDTHS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
+SIGNED = {np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64}
+PLAIN = {np.float32: np.uint32, np.int16: np.uint16, np.int32: np.uint32, np.int64: np.uint64}
+
+
+def run(text: str, arguments: Mapping[int, NDArray | int], grid: tuple[int, int, int]) -> None:
+    """Runs all programs of a kernel, one after the other.
+
+    Args:
+      text: PTX of one kernel of one warp.
+      arguments: its parameters by number; arrays are written in place.
+      grid: programs along x, y and z.
+    """
+    buffers = {number + 1: x for number, x in arguments.items() if isinstance(x, np.ndarray)}
+    parameters = {number: x if isinstance(x, int) else (number + 1) << BUFFER_BITS for number, x in arguments.items()}
+    program, labels = _parse(text)
+    for z in range(grid[2]):
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                _Warp(buffers, parameters, {"x": x, "y": y, "z": z}).run(program, labels)
+
+
+def _parse(text):
+    """(predicate, parts of the opcode, operands) of each instruction, and where labels are."""
+    program, labels = [], {}
+    body = re.sub(r"//.*", "", text[text.index("{", text.index(".entry")) :])
+    for statement in re.split(r"[;\n]", body):
+        statement = statement.strip().removeprefix("{").strip()
+        if found := re.fullmatch(r"(\$L\w+):", statement):
+            labels[found[1]] = len(program)
+        elif found := re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", statement):
+            program.append((found[1], found[2].split("."), _operands(found[3] or "")))
+        else:
+            assert statement in ("", "}") or statement.startswith("."), f"What is this of PTX: {statement}"
+    return program, labels
+
+
+def _operands(text):
+    """Split at commas outside brackets; a list where braces hold several."""
+    parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", text)
+    return [re.findall(r"[%\w.]+", part) if part.startswith("{") else part.strip() for part in parts]
+
+
+class _Warp:
+    def __init__(self, buffers, parameters, program):
+        self.buffers, self.parameters, self.registers = buffers, parameters, {"global_smem": np.zeros(LANES, np.uint32)}
+        self.shared = np.zeros(SHARED_BYTES, np.uint8)
+        lanes = np.arange(LANES, dtype=np.uint32)
+        self.registers |= {"%laneid": lanes, "%tid.x": lanes}
+        self.registers |= {f"%ctaid.{axis}": np.full(LANES, at, np.uint32) for axis, at in program.items()}
+
+    def run(self, program, labels):
+        at = 0
+        while at < len(program):
+            predicate, (name, *kinds), operands = program[at]
+            live = self.predicate(predicate)
+            at += 1
+            if name in ("ret", "exit"):
+                assert live.all()
+                return
+            if name == "bra":
+                assert live.all() or not live.any(), "A branch must be one that all lanes take."
+                at = labels[operands[0]] if live.any() else at
+            elif live.any():
+                getattr(self, f"do_{name}", self.compute)(name, kinds, operands, live)
+
+    def predicate(self, name):
+        if name is None:
+            return np.ones(LANES, bool)
+        return ~self.registers[name[1:]] if name.startswith("!") else self.registers[name]
+
+    def value(self, operand, dtype):
+        """A register, or an immediate, as `dtype`."""
+        if operand in self.registers:
+            bits = self.registers[operand]
+        elif operand.startswith("0f"):
+            bits = np.full(LANES, int(operand[2:], 16), np.uint32)
+        else:
+            size = PLAIN.get(dtype, dtype)
+            number = int(operand.rstrip("U"), 0)
+            bits = np.full(LANES, number % 2 ** (8 * np.dtype(size).itemsize), size)
+        if bits.dtype == dtype or dtype is bool:
+            return bits
+        if bits.dtype.itemsize == np.dtype(dtype).itemsize:
+            return bits.view(dtype)
+        return bits.astype(dtype)
+
+    def write(self, operand, values, live):
+        values = values.view(PLAIN.get(values.dtype.type, values.dtype))
+        old = self.registers.get(operand)
+        self.registers[operand] = values if live.all() or old is None else np.where(live, values, old)
+
+    def compute(self, name, kinds, operands, live):
+        target, *sources = operands
+        kind = kinds[-1]
+        dtype = _dtype(kind)
+        function = FUNCTIONS[name]
+        with np.errstate(all="ignore"):
+            if name == "setp":
+                result = COMPARISONS[kinds[0]](*(self.value(x, dtype) for x in sources))
+            elif name == "selp":
+                *chosen, predicate = sources
+                result = np.where(self.registers[predicate], *(self.value(x, dtype) for x in chosen))
+            elif name in ("mul", "mad") and kinds[0] == "wide":
+                wide = np.int64 if kind[0] == "s" else np.uint64
+                product = self.value(sources[0], dtype).astype(wide) * self.value(sources[1], dtype).astype(wide)
+                result = product + self.value(sources[2], wide) if name == "mad" else product
+            elif name == "cvt":
+                result = self.value(sources[0], dtype).astype(_dtype(kinds[-2]))
+            elif name in ("shl", "shr"):
+                result = function(self.value(sources[0], dtype), self.value(sources[1], np.uint32).astype(dtype))
+            else:
+                result = function(*(self.value(x, dtype) for x in sources))
+        self.write(target, result, live)
+
+    def do_mov(self, name, kinds, operands, live):
+        """Of one register, or of parts of one into several, or of several into one."""
+        target, source = operands
+        if not isinstance(target, list) and not isinstance(source, list):
+            self.compute(name, kinds, operands, live)
+        elif isinstance(target, list):
+            part = WIDTHS[str(int(kinds[-1][1:]) // len(target))]
+            for one, column in zip(target, self.value(source, _dtype(kinds[-1]))[:, None].view(part).T, strict=True):
+                self.write(one, column.copy(), live)
+        else:
+            part = WIDTHS[str(int(kinds[-1][1:]) // len(source))]
+            parts = np.stack([self.value(one, part) for one in source], 1)
+            self.write(target, parts.view(_dtype(kinds[-1]))[:, 0], live)
+
+    def do_shfl(self, name, kinds, operands, live):
+        assert live.all(), "All lanes must shuffle."
+        value, lane = self.value(operands[1], np.uint32), self.value(operands[2], np.uint32)
+        source = lane & 31 if kinds[1] == "idx" else np.arange(LANES, dtype=np.uint32) ^ lane
+        self.write(operands[0], value[source], live)
+
+    def do_redux(self, name, kinds, operands, live):
+        value = self.value(operands[1], np.int32)
+        self.write(operands[0], np.full(LANES, getattr(value, kinds[1])(), np.int32), live)
+
+    def do_bar(self, *_):
+        """All lanes are here."""
+
+    def do_cp(self, name, kinds, operands, live):
+        if kinds[1] == "cg":
+            to, source = (self.address(x) for x in operands[:2])
+            for lane in np.flatnonzero(live):
+                self.bytes_at(to[lane], True, 16)[:] = self.bytes_at(source[lane], False, 16)
+
+    def do_ld(self, name, kinds, operands, live):
+        targets = operands[0] if isinstance(operands[0], list) else [operands[0]]
+        size = int(kinds[-1][1:])
+        if kinds[0] == "param":
+            number = self.parameters[int(re.search(r"(\d+)\]", operands[1])[1])]
+            wide = np.uint64 if targets[0].startswith("%rd") else np.uint32
+            self.write(targets[0], np.full(LANES, number, np.int64).astype(wide), live)
+            return
+        where, rows = self.address(operands[1]), np.zeros((LANES, len(targets)), WIDTHS[str(size)])
+        for lane in np.flatnonzero(live):
+            count = len(targets) * size // 8
+            rows[lane] = self.bytes_at(where[lane], kinds[0] == "shared", count).view(rows.dtype)
+        for target, column in zip(targets, rows.T, strict=True):
+            self.write(target, column.copy(), live)
+
+    def do_st(self, name, kinds, operands, live):
+        sources = operands[1] if isinstance(operands[1], list) else [operands[1]]
+        where, dtype = self.address(operands[0]), WIDTHS[kinds[-1][1:]]
+        rows = np.stack([self.value(x, dtype) for x in sources], 1)
+        for lane in np.flatnonzero(live):
+            self.bytes_at(where[lane], kinds[0] == "shared", rows[lane].nbytes)[:] = rows[lane].view(np.uint8)
+
+    def address(self, operand):
+        base, plus = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand).groups()
+        return self.registers[base].astype(np.int64) + int(plus or 0)
+
+    def bytes_at(self, address, shared, count):
+        place = int(address) & (2**BUFFER_BITS - 1)
+        memory = self.shared if shared else self.buffers[int(address) >> BUFFER_BITS].reshape(-1).view(np.uint8)
+        assert place % count == 0, f"An address must be a multiple of the {count} bytes it is of, got {place}."
+        assert place + count <= memory.size, "An address must lie in its buffer."
+        return memory[place : place + count]
+
+
+def _dtype(kind):
+    """Of PTX's .b8 to .b64, .u…, .s…, .f32 and .pred."""
+    if kind in ("f32", "pred"):
+        return np.float32 if kind == "f32" else bool
+    plain = WIDTHS[kind[1:]]
+    return SIGNED[plain] if kind[0] == "s" else plain
+
+
+def prmt(a, b, selectors):
+    """Byte i of the result is byte s & 7 of a, then b, where s is nibble i; of its sign alone where s has bit 3."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for i in range(4):
+        selector = (selectors >> np.uint32(4 * i)) & np.uint32(15)
+        byte = (both >> (8 * (selector & 7)).astype(np.uint64) & np.uint64(0xFF)).astype(np.uint32)
+        byte = np.where(selector & 8, np.where(byte & 0x80, 0xFF, 0), byte).astype(np.uint32)
+        result |= byte << np.uint32(8 * i)
+    return result
+
+
+def lop3(a, b, c, table):
+    """Bit by bit the entry of `table` that the bits of a, b and c number."""
+    bits = [(n >> 2 & 1, n >> 1 & 1, n & 1) for n in range(8) if int(table.flat[0]) >> n & 1]
+    terms = [(a if x else ~a) & (b if y else ~b) & (c if z else ~c) for x, y, z in bits]
+    return np.bitwise_or.reduce(terms)
+
+
+def _extract(x, first, count):
+    """`bfe`: a field of bits, with its sign where x is signed."""
+    size = 8 * x.dtype.itemsize
+    left = (size - first.astype(np.int64) - count).astype(x.dtype)
+    return (x << left) >> (size - count.astype(np.int64)).astype(x.dtype)
+
+
+def _fma(a, b, c):
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def _off(x, relative):
+    """x, that far off to either side."""
+    side = np.where(x.view(np.uint32) & 1, 1 + relative, 1 - relative)
+    return (x.astype(np.float64) * side).astype(np.float32)
+
+
+FUNCTIONS: dict[str, Callable] = {
+    "mov": lambda a: a,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "mad": lambda a, b, c: a * b + c,
+    "fma": _fma,
+    "div": lambda a, b: a / b if a.dtype == np.float32 else (a - np.fmod(a, b)) // b,
+    "rem": np.fmod,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a: _off((1 / np.sqrt(a.astype(np.float64))).astype(np.float32), 2.0**-22.9),
+    "tanh": lambda a: _off(np.tanh(a), 2.0**-11),
+    "abs": np.abs,
+    "neg": np.negative,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "shl": np.left_shift,
+    "shr": np.right_shift,
+    "shf": lambda a, b, n: (b << (n & 31)) | (a >> ((32 - (n & 31)) & 31)),
+    "bfe": _extract,
+    "prmt": prmt,
+    "lop3": lop3,
+    "setp": None,
+    "selp": None,
+    "cvt": None,
+}
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}
