@@ -126,6 +126,8 @@ class _Warp:
                 result = self.value(sources[0], dtype).astype(_dtype(kinds[-2]))
             elif name in ("shl", "shr"):
                 result = function(self.value(sources[0], dtype), self.value(sources[1], np.uint32).astype(dtype))
+            elif "rz" in kinds:
+                result = _toward_zero(*(self.value(x, dtype) for x in sources))
             else:
                 result = function(*(self.value(x, dtype) for x in sources))
         self.write(target, result, live)
@@ -185,6 +187,15 @@ class _Warp:
         for lane in np.flatnonzero(live):
             self.bytes_at(where[lane], kinds[0] == "shared", rows[lane].nbytes)[:] = rows[lane].view(np.uint8)
 
+    def do_stmatrix(self, name, kinds, operands, live):
+        """Of eight rows of 16 bytes each: lane 8·i + r has the address of row r, and lane l word l % 4 of row l / 4."""
+        assert live.all() and "trans" not in kinds
+        where, lanes = self.address(operands[0]), np.arange(LANES)
+        for i, source in enumerate(operands[1]):
+            for lane, word in zip(lanes, self.value(source, np.uint32), strict=True):
+                to = where[8 * i + lane // 4] + 4 * (lane % 4)
+                self.bytes_at(to, True, 4)[:] = np.array([word]).view(np.uint8)
+
     def address(self, operand):
         base, plus = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand).groups()
         return self.registers[base].astype(np.int64) + int(plus or 0)
@@ -233,6 +244,14 @@ def _extract(x, first, count):
 
 def _fma(a, b, c):
     return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def _toward_zero(a, b):
+    """a + b, rounded so: what the nearest float leaves says whether it is too large."""
+    nearest = a + b
+    rest = np.where(np.abs(a) >= np.abs(b), b - (nearest - a), a - (nearest - b))
+    past = (rest != 0) & (nearest != 0) & (np.signbit(rest) != np.signbit(nearest))
+    return np.where(past, np.nextafter(nearest, np.float32(0)), nearest)
 
 
 def _off(x, relative):

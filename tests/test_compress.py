@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import ptx
 import pytest
 from backends import _TorchPoison, assert_same_bits, to_array, to_numpy
 from cases import DTYPES
@@ -128,6 +129,52 @@ def test_decoders_agree(monkeypatch, case, rotated):
 
 
 # --- compilation ----------------------------------------------------------------------------------------------
+
+
+def encoder_ptx(quantizer, shape, dtype, few):
+    """Names of parameters, PTX and grid of the encoder of vectors [B, K, T]."""
+    from cubin import compile_kernel
+
+    kernels.FEW_VECTORS = kernels.FEW_VECTORS if few else 0  # in a process of its own
+    name, constants, grid, num_warps = kernels.compress_launch(quantizer, shape, encode=True)
+    none = "center_ptr", "starts_ptr", "pages_ptr", "codes_in_ptr", "norms_in_ptr"
+    constants |= dict.fromkeys(none) | {f"center_stride_{axis}": 0 for axis in "bkt"} | {"norms_stride_s": 1}
+    kernel = kernels.load(name)
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: POINTERS.get(name, "i32") for name in names} | {"x_ptr": dtype}
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    return names, compile_kernel(kernel, signature, constants, 90, **options).asm["ptx"], grid
+
+
+@pytest.mark.parametrize(
+    ("case", "few"),
+    [(Case(D=128, S=16, dtype="bfloat16"), False), (Case(D=128, S=11, dtype="bfloat16"), True),
+     (Case(D=128, bits=2, S=16, dtype="bfloat16"), False), (Case(D=64, bits=3), False), (Case(D=64, bits=1), False)],
+    ids=str,
+)  # fmt: skip
+def test_its_instructions_give_the_oracles_bits(in_compiling_process, case, few):
+    """What an interpreter leaves out: the assembly."""
+    x, _ = vectors(case)
+    shape, quantizer = x.shape[:3], case.quantizer
+    half = case.dtype == "bfloat16"
+    names, text, grid = in_compiling_process(encoder_ptx, quantizer, shape, "*bf16" if half else "*fp32", few)
+    codes, norms = np.full((*shape, quantizer.packed_dim), 7, np.uint8), np.full(shape, 3, np.float32)
+    given = {"x_ptr": x.view(np.uint16) if half else x, "table_ptr": kernels.compress_table(quantizer)}
+    given |= {
+        "codes_ptr": codes,
+        "norms_ptr": norms,
+        "K": shape[1],
+        "T": shape[2],
+        "S": shape[2],
+        "N": shape[0],
+        "M": 0,
+    }
+    for name, array in (("x_stride", x), ("codes_stride", codes), ("norms_stride", norms)):
+        axes = "bkt" if name[0] == "x" else "bks"
+        given |= {f"{name}_{axis}": n // array.itemsize for axis, n in zip(axes, array.strides[:3], strict=True)}
+    ptx.run(text, {i: given.get(name, norms.size) for i, name in enumerate(names)}, grid)
+    check(case, codes, norms, tqcore.compress(x, quantizer))
+
 
 POINTERS = {"x_ptr": "*bf16", "codes_ptr": "*u8", "norms_ptr": "*fp32", "table_ptr": "*i32", "out_ptr": "*bf16"}
 POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32"}
