@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 LANES = 32
@@ -17,7 +18,15 @@ SHARED_BYTES = 2**16
 BUFFER_BITS = 40  # an address is the number of a buffer, then a place in it
 WIDTHS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 SIGNED = {np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64}
-PLAIN = {np.float32: np.uint32, np.int16: np.uint16, np.int32: np.uint32, np.int64: np.uint64}
+FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": bfloat16}
+PLAIN = {
+    np.float32: np.uint32,
+    np.float16: np.uint16,
+    bfloat16: np.uint16,
+    np.int16: np.uint16,
+    np.int32: np.uint32,
+    np.int64: np.uint64,
+}
 
 
 def run(text: str, arguments: Mapping[int, NDArray | int], grid: tuple[int, int, int]) -> None:
@@ -209,9 +218,9 @@ class _Warp:
 
 
 def _dtype(kind):
-    """Of PTX's .b8 to .b64, .u…, .s…, .f32 and .pred."""
-    if kind in ("f32", "pred"):
-        return np.float32 if kind == "f32" else bool
+    """Of PTX's .b8 to .b64, .u…, .s…, floats and .pred."""
+    if kind in FLOATS or kind == "pred":
+        return FLOATS.get(kind, bool)
     plain = WIDTHS[kind[1:]]
     return SIGNED[plain] if kind[0] == "s" else plain
 

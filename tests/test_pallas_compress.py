@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 import pytest
 from backends import assert_same_bits
 from test_compress import Case, check, vectors
@@ -12,6 +13,8 @@ from test_compress import Case, check, vectors
 import tqcore
 import tqjax
 from tqcore import PackedVectors, Quantizer
+from tqcore.kernels import place_table
+from tqcore.rotation import signs
 from tqjax import pallas_compress, triton_compress
 
 CASES = [
@@ -103,3 +106,31 @@ def test_compiles(in_compiling_process, record_property):
     taken = in_compiling_process(compiled, 90)
     record_property("resources", f"pallas_compress  sm_90 : {taken.registers} registers, {taken.spill_bytes} spilled")
     assert taken.spill_bytes == 0 and taken.registers <= 168
+
+
+def encoder_ptx(quantizer, rows, dtype):
+    """PTX of the encoder of many vectors, whatever their number."""
+    from cubin import compile_ttir, pallas_ttir
+
+    pallas_compress.FEW_ROWS = 0  # in a process of its own
+    encode = partial(pallas_compress.compress, quantizer=quantizer)
+    x = jax.ShapeDtypeStruct((rows, quantizer.head_dim), jnp.dtype(dtype))
+    ((text, num_warps, num_stages),) = pallas_ttir(encode, x)
+    return compile_ttir(text, 90, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False).asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(D=128, S=8, dtype="bfloat16"), Case(D=64, bits=3), Case(D=64, bits=2, dtype="float16"), Case(D=64, bits=1)],
+    ids=str,
+)
+def test_its_instructions_give_the_oracles_bits(in_compiling_process, case):
+    """What no interpreter runs: the assembly, and what Triton makes of the rest."""
+    x, _ = vectors(case)
+    quantizer, rows = case.quantizer, x[..., 0].size
+    text = in_compiling_process(encoder_ptx, quantizer, rows, case.dtype)
+    codes, norms = np.full((*x.shape[:3], quantizer.packed_dim), 7, np.uint8), np.full(x.shape[:3], 3, np.float32)
+    given = [x.view(f"u{x.itemsize}"), signs(quantizer), place_table(quantizer), codes, norms]
+    lanes = min(4, case.D // 8)
+    ptx.run(text, dict(enumerate(given)), (-(-rows // (32 // lanes)), 1, 1))
+    check(case, codes, norms, tqcore.compress(x, quantizer))
