@@ -47,6 +47,7 @@ HOMES = {
         "tqcore/kernels/attention.py",
         "tqcore/kernels/gluon_attention.py",
         "tqcore/kernels/gluon_cache.py",
+        "tqcore/kernels/gluon_compress.py",
         "tqcore/kernels/gluon_scores.py",
         "tqcore/kernels/gluon_long_scores.py",
         "tq_torch/triton_call.py",

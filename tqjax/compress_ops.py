@@ -1,5 +1,6 @@
 """The public operations that write and read packed vectors: check, choose the implementation, call it."""
 
+import contextlib
 import dataclasses
 import functools
 from math import prod
@@ -14,10 +15,11 @@ from tqcore.quantizer import PackedVectors, Quantizer
 from tqjax import device, partition, triton_compress, xla
 from tqjax.ops import check_devices
 
-try:
-    from tqjax import pallas_compress
-except ImportError:  # a JAX without Pallas-Triton
-    pallas_compress = None
+PALLAS = {}
+with contextlib.suppress(ImportError):  # a JAX without Pallas-Triton
+    from tqjax import pallas_compress, pallas_decompress
+
+    PALLAS = {"compress": pallas_compress, "decompress": pallas_decompress}
 
 IMPLEMENTATIONS = ("xla", "pallas_triton", "triton")
 ENCODERS = (*IMPLEMENTATIONS, "gluon")
@@ -219,7 +221,7 @@ def _kernels(operation, quantizer, vectors, centered):
         kernels["gluon"] = functools.partial(getattr(triton_compress, operation), gluon=True)
     if triton_compress.can_do(quantizer):
         kernels["triton"] = getattr(triton_compress, operation)
-    if pallas_compress is not None and pallas_compress.can_do(quantizer, vectors):
+    if PALLAS and PALLAS["compress"].can_do(quantizer, vectors):
         kernels["pallas_triton"] = _pallas(operation)
     return kernels
 
@@ -228,4 +230,4 @@ def _pallas(operation, interpret=False):
     """Encodes or decodes; what is appended, XLA writes."""
     if operation == "append":
         return functools.partial(xla.append, encode=_pallas("compress", interpret))
-    return functools.partial(getattr(pallas_compress, operation), interpret=interpret)
+    return functools.partial(getattr(PALLAS[operation], operation), interpret=interpret)
