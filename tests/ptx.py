@@ -29,7 +29,7 @@ PLAIN = {
 }
 
 
-def run(text: str, arguments: Mapping[int, NDArray | int], grid: tuple[int, int, int]) -> None:
+def run(text: str, arguments: Mapping[int, NDArray | int | np.float32], grid: tuple[int, int, int]) -> None:
     """Runs all programs of a kernel, one after the other.
 
     Args:
@@ -38,7 +38,9 @@ def run(text: str, arguments: Mapping[int, NDArray | int], grid: tuple[int, int,
       grid: programs along x, y and z.
     """
     buffers = {number + 1: x for number, x in arguments.items() if isinstance(x, np.ndarray)}
-    parameters = {number: x if isinstance(x, int) else (number + 1) << BUFFER_BITS for number, x in arguments.items()}
+    parameters = {number: (number + 1) << BUFFER_BITS for number in arguments}
+    parameters |= {number: x for number, x in arguments.items() if isinstance(x, int)}
+    parameters |= {number: int(x.view(np.int32)) for number, x in arguments.items() if isinstance(x, np.float32)}
     program, labels = _parse(text)
     for z in range(grid[2]):
         for y in range(grid[1]):
@@ -96,9 +98,11 @@ class _Warp:
         return ~self.registers[name[1:]] if name.startswith("!") else self.registers[name]
 
     def value(self, operand, dtype):
-        """A register, or an immediate, as `dtype`."""
+        """A register, or an immediate, as `dtype`; what nothing was written to holds anything."""
         if operand in self.registers:
             bits = self.registers[operand]
+        elif operand.startswith("%"):
+            bits = np.full(LANES, 0x5AA5A55AA55A5AA5, np.uint64).astype(PLAIN.get(dtype, dtype))
         elif operand.startswith("0f"):
             bits = np.full(LANES, int(operand[2:], 16), np.uint32)
         else:
@@ -137,6 +141,8 @@ class _Warp:
                 result = function(self.value(sources[0], dtype), self.value(sources[1], np.uint32).astype(dtype))
             elif "rz" in kinds:
                 result = _toward_zero(*(self.value(x, dtype) for x in sources))
+            elif "ftz" in kinds:
+                result = _flushed(function(*(_flushed(self.value(x, dtype)) for x in sources)))
             else:
                 result = function(*(self.value(x, dtype) for x in sources))
         self.write(target, result, live)
@@ -169,10 +175,25 @@ class _Warp:
         """All lanes are here."""
 
     def do_cp(self, name, kinds, operands, live):
-        if kinds[1] == "cg":
-            to, source = (self.address(x) for x in operands[:2])
+        """A copy of so many bytes, of which the source has some; zeros are the rest."""
+        if kinds[1] in ("ca", "cg"):
+            to, source, size = *(self.address(x) for x in operands[:2]), int(operands[2], 0)
+            has = self.value(operands[3], np.int32)
             for lane in np.flatnonzero(live):
-                self.bytes_at(to[lane], True, 16)[:] = self.bytes_at(source[lane], False, 16)
+                row = self.bytes_at(to[lane], True, size)
+                row[:] = self.bytes_at(source[lane], False, size) if has[lane] == size else 0
+                assert has[lane] in (0, size)
+
+    def do_mma(self, name, kinds, operands, live):
+        """m16n8k32 of int8: lane 4·g + t has rows g and g + 8 of A, column g of B, and 2·t and 2·t + 1 of the sum."""
+        assert live.all() and kinds[2:] == ["m16n8k32", "row", "col", "satfinite", "s32", "s8", "s8", "s32"]
+        a, b, c = (np.stack([self.value(x, np.uint32) for x in registers], 1) for registers in operands[1:])
+        bytes_of_a = a.view(np.int8).reshape(8, 4, 2, 2, 4)  # g, t, columns past 16, rows past 8, columns
+        left = bytes_of_a.transpose(3, 0, 2, 1, 4).reshape(16, 32).astype(np.int64)
+        right = b.view(np.int8).reshape(8, 4, 2, 4).transpose(2, 1, 3, 0).reshape(32, 8)
+        rows = (left @ right).reshape(2, 8, 4, 2).transpose(1, 2, 0, 3).reshape(LANES, 4)
+        for register, column in zip(operands[0], (rows + c.view(np.int32)).T, strict=True):
+            self.write(register, column.astype(np.int32), live)
 
     def do_ld(self, name, kinds, operands, live):
         targets = operands[0] if isinstance(operands[0], list) else [operands[0]]
@@ -197,13 +218,22 @@ class _Warp:
             self.bytes_at(where[lane], kinds[0] == "shared", rows[lane].nbytes)[:] = rows[lane].view(np.uint8)
 
     def do_stmatrix(self, name, kinds, operands, live):
-        """Of eight rows of 16 bytes each: lane 8·i + r has the address of row r, and lane l word l % 4 of row l / 4."""
-        assert live.all() and "trans" not in kinds
-        where, lanes = self.address(operands[0]), np.arange(LANES)
         for i, source in enumerate(operands[1]):
-            for lane, word in zip(lanes, self.value(source, np.uint32), strict=True):
-                to = where[8 * i + lane // 4] + 4 * (lane % 4)
-                self.bytes_at(to, True, 4)[:] = np.array([word]).view(np.uint8)
+            for word, place in zip(
+                self.value(source, np.uint32), self.matrix(operands[0], kinds, i, live), strict=True
+            ):
+                self.bytes_at(place, True, 4)[:] = np.array([word]).view(np.uint8)
+
+    def do_ldmatrix(self, name, kinds, operands, live):
+        for i, target in enumerate(operands[0]):
+            places = self.matrix(operands[1], kinds, i, live)
+            self.write(target, np.array([self.bytes_at(x, True, 4).view(np.uint32)[0] for x in places]), live)
+
+    def matrix(self, operand, kinds, i, live):
+        """Where lane l has its word of matrix i: lane 8·i + r has the address of row r; word l % 4 of row l / 4."""
+        assert live.all() and "trans" not in kinds
+        lanes = np.arange(LANES)
+        return self.address(operand)[8 * i + lanes // 4] + 4 * (lanes % 4)
 
     def address(self, operand):
         base, plus = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand).groups()
@@ -261,6 +291,11 @@ def _toward_zero(a, b):
     rest = np.where(np.abs(a) >= np.abs(b), b - (nearest - a), a - (nearest - b))
     past = (rest != 0) & (nearest != 0) & (np.signbit(rest) != np.signbit(nearest))
     return np.where(past, np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def _flushed(x):
+    """Subnormals as zeros of their sign."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
 def _off(x, relative):
