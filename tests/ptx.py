@@ -1,7 +1,7 @@
 """A warp that runs PTX on arrays: what a kernel of one warp computes, without a GPU.
 
 All lanes go through each instruction together, so a branch must be one that all of them take. Copies are done at once,
-and barriers are nothing. `tanh.approx` and `rsqrt.approx` are as far off as NVIDIA allows them to be.
+and barriers are nothing. `ex2`, `rsqrt` and `tanh.approx` are as far off as NVIDIA allows.
 
 Source: PTX ISA 8.7.
 """
@@ -174,6 +174,9 @@ class _Warp:
     def do_bar(self, *_):
         """All lanes are here."""
 
+    def do_griddepcontrol(self, *_):
+        """All programs of the kernel before are done."""
+
     def do_cp(self, name, kinds, operands, live):
         """A copy of so many bytes, of which the source has some; zeros are the rest."""
         if kinds[1] in ("ca", "cg"):
@@ -315,6 +318,7 @@ FUNCTIONS: dict[str, Callable] = {
     "rem": np.fmod,
     "sqrt": np.sqrt,
     "rsqrt": lambda a: _off((1 / np.sqrt(a.astype(np.float64))).astype(np.float32), 2.0**-22.9),
+    "ex2": lambda a: _off(np.exp2(a.astype(np.float64)).astype(np.float32), 2.0**-22),
     "tanh": lambda a: _off(np.tanh(a), 2.0**-11),
     "abs": np.abs,
     "neg": np.negative,
