@@ -1,7 +1,8 @@
-"""A warp that runs PTX on arrays: what a kernel of one warp computes, without a GPU.
+"""PTX run on arrays: what a kernel computes, without a GPU.
 
-All lanes go through each instruction together, so a branch must be one that all of them take. Copies are done at once,
-and barriers are nothing. `ex2`, `rsqrt` and `tanh.approx` are as far off as NVIDIA allows.
+All threads of a program go through each instruction together, so a branch must be one that all of them take. Copies are
+done at once, and barriers are nothing. `ex2`, `lg2`, `rcp`,
+`rsqrt` and `tanh` are as far off as NVIDIA allows their approximations to be.
 
 Source: PTX ISA 8.7.
 """
@@ -13,11 +14,11 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-LANES = 32
+LANES = 32  # of a warp
 SHARED_BYTES = 2**16
 BUFFER_BITS = 40  # an address is the number of a buffer, then a place in it
 WIDTHS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
-SIGNED = {np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64}
+SIGNED = {np.uint8: np.int8, np.uint16: np.int16, np.uint32: np.int32, np.uint64: np.int64}
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": bfloat16}
 PLAIN = {
     np.float32: np.uint32,
@@ -33,7 +34,7 @@ def run(text: str, arguments: Mapping[int, NDArray | int | np.float32], grid: tu
     """Runs all programs of a kernel, one after the other.
 
     Args:
-      text: PTX of one kernel of one warp.
+      text: PTX of one kernel.
       arguments: its parameters by number; arrays are written in place.
       grid: programs along x, y and z.
     """
@@ -42,10 +43,11 @@ def run(text: str, arguments: Mapping[int, NDArray | int | np.float32], grid: tu
     parameters |= {number: x for number, x in arguments.items() if isinstance(x, int)}
     parameters |= {number: int(x.view(np.int32)) for number, x in arguments.items() if isinstance(x, np.float32)}
     program, labels = _parse(text)
+    threads = int(re.search(r"\.reqntid (\d+)", text)[1])
     for z in range(grid[2]):
         for y in range(grid[1]):
             for x in range(grid[0]):
-                _Warp(buffers, parameters, {"x": x, "y": y, "z": z}).run(program, labels)
+                _Program(buffers, parameters, {"x": x, "y": y, "z": z}, threads).run(program, labels)
 
 
 def _parse(text):
@@ -69,13 +71,12 @@ def _operands(text):
     return [re.findall(r"[%\w.]+", part) if part.startswith("{") else part.strip() for part in parts]
 
 
-class _Warp:
-    def __init__(self, buffers, parameters, program):
-        self.buffers, self.parameters, self.registers = buffers, parameters, {"global_smem": np.zeros(LANES, np.uint32)}
-        self.shared = np.zeros(SHARED_BYTES, np.uint8)
-        lanes = np.arange(LANES, dtype=np.uint32)
-        self.registers |= {"%laneid": lanes, "%tid.x": lanes}
-        self.registers |= {f"%ctaid.{axis}": np.full(LANES, at, np.uint32) for axis, at in program.items()}
+class _Program:
+    def __init__(self, buffers, parameters, place, threads):
+        self.buffers, self.parameters, self.threads = buffers, parameters, np.arange(threads, dtype=np.uint32)
+        self.shared = np.full(SHARED_BYTES, 0xA5, np.uint8)
+        self.registers = {"%laneid": self.threads % LANES, "%tid.x": self.threads, "global_smem": 0 * self.threads}
+        self.registers |= {f"%ctaid.{axis}": np.full(threads, at, np.uint32) for axis, at in place.items()}
 
     def run(self, program, labels):
         at = 0
@@ -94,7 +95,7 @@ class _Warp:
 
     def predicate(self, name):
         if name is None:
-            return np.ones(LANES, bool)
+            return np.ones(len(self.threads), bool)
         return ~self.registers[name[1:]] if name.startswith("!") else self.registers[name]
 
     def value(self, operand, dtype):
@@ -102,13 +103,13 @@ class _Warp:
         if operand in self.registers:
             bits = self.registers[operand]
         elif operand.startswith("%"):
-            bits = np.full(LANES, 0x5AA5A55AA55A5AA5, np.uint64).astype(PLAIN.get(dtype, dtype))
+            bits = np.full(len(self.threads), 0x5AA5A55AA55A5AA5, np.uint64).astype(PLAIN.get(dtype, dtype))
         elif operand.startswith("0f"):
-            bits = np.full(LANES, int(operand[2:], 16), np.uint32)
+            bits = np.full(len(self.threads), int(operand[2:], 16), np.uint32)
         else:
             size = PLAIN.get(dtype, dtype)
             number = int(operand.rstrip("U"), 0)
-            bits = np.full(LANES, number % 2 ** (8 * np.dtype(size).itemsize), size)
+            bits = np.full(len(self.threads), number % 2 ** (8 * np.dtype(size).itemsize), size)
         if bits.dtype == dtype or dtype is bool:
             return bits
         if bits.dtype.itemsize == np.dtype(dtype).itemsize:
@@ -116,6 +117,8 @@ class _Warp:
         return bits.astype(dtype)
 
     def write(self, operand, values, live):
+        if values.dtype.itemsize == 1 and values.dtype != bool:  # no register is as narrow
+            values = values.astype(np.int16 if values.dtype == np.int8 else np.uint16)
         values = values.view(PLAIN.get(values.dtype.type, values.dtype))
         old = self.registers.get(operand)
         self.registers[operand] = values if live.all() or old is None else np.where(live, values, old)
@@ -135,6 +138,9 @@ class _Warp:
                 wide = np.int64 if kind[0] == "s" else np.uint64
                 product = self.value(sources[0], dtype).astype(wide) * self.value(sources[1], dtype).astype(wide)
                 result = product + self.value(sources[2], wide) if name == "mad" else product
+            elif name == "cvt" and "f16x2" in kinds:  # the first source is the high half
+                high, low = (self.value(x, dtype).astype(np.float16).view(np.uint16) for x in sources)
+                result = high.astype(np.uint32) << np.uint32(16) | low
             elif name == "cvt":
                 result = self.value(sources[0], dtype).astype(_dtype(kinds[-2]))
             elif name in ("shl", "shr"):
@@ -164,12 +170,12 @@ class _Warp:
     def do_shfl(self, name, kinds, operands, live):
         assert live.all(), "All lanes must shuffle."
         value, lane = self.value(operands[1], np.uint32), self.value(operands[2], np.uint32)
-        source = lane & 31 if kinds[1] == "idx" else np.arange(LANES, dtype=np.uint32) ^ lane
-        self.write(operands[0], value[source], live)
+        lane = lane % LANES if kinds[1] == "idx" else self.threads % LANES ^ lane
+        self.write(operands[0], value[self.threads // LANES * LANES + lane], live)
 
     def do_redux(self, name, kinds, operands, live):
-        value = self.value(operands[1], np.int32)
-        self.write(operands[0], np.full(LANES, getattr(value, kinds[1])(), np.int32), live)
+        value = self.value(operands[1], np.int32).reshape(-1, LANES)
+        self.write(operands[0], np.repeat(getattr(value, kinds[1])(1), LANES), live)
 
     def do_bar(self, *_):
         """All lanes are here."""
@@ -188,15 +194,20 @@ class _Warp:
                 assert has[lane] in (0, size)
 
     def do_mma(self, name, kinds, operands, live):
-        """m16n8k32 of int8: lane 4·g + t has rows g and g + 8 of A, column g of B, and 2·t and 2·t + 1 of the sum."""
-        assert live.all() and kinds[2:] == ["m16n8k32", "row", "col", "satfinite", "s32", "s8", "s8", "s32"]
+        """Lane 4·g + t has rows g and g + 8 of A, column g of B, and 2·t and 2·t + 1 of the sum; of k 4 bytes each."""
+        assert live.all() and kinds[3:5] == ["row", "col"]
         a, b, c = (np.stack([self.value(x, np.uint32) for x in registers], 1) for registers in operands[1:])
-        bytes_of_a = a.view(np.int8).reshape(8, 4, 2, 2, 4)  # g, t, columns past 16, rows past 8, columns
-        left = bytes_of_a.transpose(3, 0, 2, 1, 4).reshape(16, 32).astype(np.int64)
-        right = b.view(np.int8).reshape(8, 4, 2, 4).transpose(2, 1, 3, 0).reshape(32, 8)
-        rows = (left @ right).reshape(2, 8, 4, 2).transpose(1, 2, 0, 3).reshape(LANES, 4)
-        for register, column in zip(operands[0], (rows + c.view(np.int32)).T, strict=True):
-            self.write(register, column.astype(np.int32), live)
+        whole = kinds[2] == "m16n8k32" and kinds[-4:] == ["s32", "s8", "s8", "s32"]
+        assert whole or (kinds[2] == "m16n8k16" and kinds[-4:] == ["f32", "f16", "f16", "f32"])
+        part, total = (np.int8, np.int32) if whole else (np.float16, np.float32)
+        wide = np.int64 if whole else np.float64
+        left = a.view(part).reshape(-1, 8, 4, 2, 2, 4 // np.dtype(part).itemsize)  # warp, g, t, k's half, row's half, k
+        left = left.transpose(0, 4, 1, 3, 2, 5).reshape(len(left), 16, -1).astype(wide)
+        right = b.view(part).reshape(-1, 8, 4, 2, 4 // np.dtype(part).itemsize)
+        right = right.transpose(0, 3, 2, 4, 1).reshape(len(right), -1, 8).astype(wide)
+        product = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+        for register, column in zip(operands[0], (product + c.view(total)).T, strict=True):
+            self.write(register, column.astype(total), live)
 
     def do_ld(self, name, kinds, operands, live):
         targets = operands[0] if isinstance(operands[0], list) else [operands[0]]
@@ -204,9 +215,9 @@ class _Warp:
         if kinds[0] == "param":
             number = self.parameters[int(re.search(r"(\d+)\]", operands[1])[1])]
             wide = np.uint64 if targets[0].startswith("%rd") else np.uint32
-            self.write(targets[0], np.full(LANES, number, np.int64).astype(wide), live)
+            self.write(targets[0], np.full(len(self.threads), number, np.int64).astype(wide), live)
             return
-        where, rows = self.address(operands[1]), np.zeros((LANES, len(targets)), WIDTHS[str(size)])
+        where, rows = self.address(operands[1]), np.zeros((len(self.threads), len(targets)), WIDTHS[str(size)])
         for lane in np.flatnonzero(live):
             count = len(targets) * size // 8
             rows[lane] = self.bytes_at(where[lane], kinds[0] == "shared", count).view(rows.dtype)
@@ -228,15 +239,19 @@ class _Warp:
                 self.bytes_at(place, True, 4)[:] = np.array([word]).view(np.uint8)
 
     def do_ldmatrix(self, name, kinds, operands, live):
-        for i, target in enumerate(operands[0]):
-            places = self.matrix(operands[1], kinds, i, live)
+        loaded = [self.matrix(operands[1], kinds, i, live) for i in range(len(operands[0]))]
+        for target, places in zip(operands[0], loaded, strict=True):
             self.write(target, np.array([self.bytes_at(x, True, 4).view(np.uint32)[0] for x in places]), live)
+        if "trans" in kinds:
+            for target in operands[0]:
+                halves = self.registers[target].view(np.uint16).reshape(-1, 8, 8)  # of 16 bits: rows, columns
+                self.registers[target] = np.ascontiguousarray(halves.transpose(0, 2, 1)).reshape(-1).view(np.uint32)
 
     def matrix(self, operand, kinds, i, live):
         """Where lane l has its word of matrix i: lane 8·i + r has the address of row r; word l % 4 of row l / 4."""
-        assert live.all() and "trans" not in kinds
-        lanes = np.arange(LANES)
-        return self.address(operand)[8 * i + lanes // 4] + 4 * (lanes % 4)
+        assert live.all() and (kinds[0] == "sync" and "m8n8" in kinds)
+        lane = self.threads % LANES
+        return self.address(operand)[self.threads - lane + 8 * i + lane // 4] + 4 * (lane % 4)
 
     def address(self, operand):
         base, plus = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+)\s*)?\]", operand).groups()
@@ -319,6 +334,8 @@ FUNCTIONS: dict[str, Callable] = {
     "sqrt": np.sqrt,
     "rsqrt": lambda a: _off((1 / np.sqrt(a.astype(np.float64))).astype(np.float32), 2.0**-22.9),
     "ex2": lambda a: _off(np.exp2(a.astype(np.float64)).astype(np.float32), 2.0**-22),
+    "lg2": lambda a: _off(np.log2(a.astype(np.float64)).astype(np.float32), 2.0**-22),
+    "rcp": lambda a: _off((1 / a.astype(np.float64)).astype(np.float32), 2.0**-23),
     "tanh": lambda a: _off(np.tanh(a), 2.0**-11),
     "abs": np.abs,
     "neg": np.negative,

@@ -1,4 +1,4 @@
-"""The Gluon attention kernel and the merge of its parts, instruction by instruction, against the oracle, on CPUs."""
+"""Attention kernels of Triton and Gluon, and the merge of parts, instruction by instruction, against the oracle."""
 
 import numpy as np
 import ptx
@@ -15,21 +15,23 @@ from tqcore.rotation import signs
 BATCH, KV_HEADS, GROUP = 2, 1, 4
 
 
-def compiled(quantizers, strides, page, options, splits, sinks):
+def compiled(name, quantizers, strides, page, options, splits, sinks):
     """Names of parameters, and PTX, of attention and of the merge."""
     from cubin import compile_kernel
 
     keys, values = quantizers
-    config = tuning.attention_config("gluon_attention", GROUP, 2**15, 64, keys.head_dim)
+    config = tuning.attention_config(name, GROUP, 2**15, 64, keys.head_dim)
     constants = attention_constants(config, options, keys, values, page, *strides)
-    constants["STAGES"] = stages(config, *strides)
+    constants |= {"STAGES": stages(config, *strides)} if name == "gluon_attention" else {"PTX": True}
+    capability = 90 if name == "gluon_attention" else 80  # where products are `mma`, not `wgmma`
     launch = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
-    of_merge = merge_constants(splits, values, sinks, early=True)
+    of_merge = merge_constants(splits, values, sinks, early=name == "gluon_attention")
     made = []
-    for name, given, options in (("gluon_attention", constants, launch), ("merge", of_merge, {"num_warps": 1})):
-        types = signature(load(name), given, "fp32")
+    for kernel, given, options in ((load(name), constants, launch), (load("merge"), of_merge, {"num_warps": 1})):
+        types = signature(kernel, given, "fp32")
         types |= {key: "i32:16" if "codes" in key else "i32" for key in types if "stride" in key}
-        text = compile_kernel(load(name), types, given, 90, **options | {"enable_fp_fusion": False}).asm["ptx"]
+        options["enable_fp_fusion"] = False
+        text = compile_kernel(kernel, types, given, capability, **options).asm["ptx"]
         made.append((list(types), text))
     return made
 
@@ -46,7 +48,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_its_instructions_attend(in_compiling_process, name):
+@pytest.mark.parametrize("kernel", ["gluon_attention", "attention"])
+def test_their_instructions_attend(in_compiling_process, kernel, name):
     case = {"bits": (4, 4), "page": None, "options": {}, "sinks": False, "head_dim": 128} | CASES[name]
     rng, head_dim, positions, page = np.random.default_rng(0), case["head_dim"], case["positions"], case["page"]
     quantizers, splits = [Quantizer(head_dim, bits) for bits in case["bits"]], 2
@@ -67,7 +70,9 @@ def test_its_instructions_attend(in_compiling_process, name):
         scale, case["options"].get("is_causal", False), None, case["options"].get("soft_cap"), None
     )
     strides = [one.codes.strides[2] for one in packed]
-    attend, merge = in_compiling_process(compiled, quantizers, strides, page, options, splits, sinks is not None)
+    attend, merge = in_compiling_process(
+        compiled, kernel, quantizers, strides, page, options, splits, sinks is not None
+    )
 
     rows, kv = GROUP, BATCH * KV_HEADS
     parts, ml = np.full((kv, splits, rows, head_dim), 3, np.float32), np.full((kv, splits, 2, rows), 3, np.float32)

@@ -1,23 +1,25 @@
-"""The Gluon score kernel for few query rows, instruction by instruction, against the oracle: the same bits, on CPUs."""
+"""The score kernels of Triton and Gluon, instruction by instruction, against the oracle: the same bits, on CPUs."""
 
 import numpy as np
 import ptx
 import pytest
-from test_compile import HEADS, KEYS, SIGNATURE, gluon_kernel
+from test_compile import HEADS, KEYS, SIGNATURE, gluon_kernel, triton_kernel
 
 import tqcore
 from tqcore import fixed_point, tuning
 from tqcore.packing import packed_dim
 
 KV_HEADS, S = 2, 96
+KERNELS = {"gluon": (gluon_kernel, 90), "triton": (triton_kernel, 80)}  # where products are `mma`, not `wgmma`
 
 
-def compiled(head_dim, bits, planes, rows):
+def compiled(implementation, head_dim, bits, planes, rows):
     """Names of parameters, and PTX."""
     from tqcore.kernels import load
 
-    names = [name for name in load("gluon").arg_names if name in SIGNATURE]
-    return names, gluon_kernel(head_dim, bits, planes, rows, "fp32", 90).asm["ptx"]
+    kernel, capability = KERNELS[implementation]
+    names = [name for name in load(implementation).arg_names if name in SIGNATURE]
+    return names, kernel(head_dim, bits, planes, rows, "fp32", capability).asm["ptx"]
 
 
 def inputs(head_dim, bits, planes, rows):
@@ -39,10 +41,11 @@ def inputs(head_dim, bits, planes, rows):
     ("head_dim", "bits", "planes", "rows"),
     [(128, 4, 1, 4), (128, 3, 1, 4), (64, 2, 1, 8), (128, 4, 2, 4), (64, 3, 2, 4), (80, 4, 1, 16), (256, 4, 1, 4)],
 )
-def test_its_instructions_give_the_oracles_bits(in_compiling_process, head_dim, bits, planes, rows):
-    names, text = in_compiling_process(compiled, head_dim, bits, planes, rows)
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_their_instructions_give_the_oracles_bits(in_compiling_process, implementation, head_dim, bits, planes, rows):
+    names, text = in_compiling_process(compiled, implementation, head_dim, bits, planes, rows)
     q, codes, norms, table = inputs(head_dim, bits, planes, rows)
-    scale, config = np.float32(head_dim**-0.5), tuning.score_config("gluon", rows, KEYS, HEADS, head_dim)
+    scale, config = np.float32(head_dim**-0.5), tuning.score_config(implementation, rows, KEYS, HEADS, head_dim)
     words = fixed_point.score_table(table).words
     assert len(words) == 4 * planes + 1
     out = np.full((KV_HEADS, rows, S), 3, np.float32)
