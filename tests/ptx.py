@@ -1,8 +1,7 @@
 """PTX run on arrays: what a kernel computes, without a GPU.
 
 All threads of a program go through each instruction together, so a branch must be one that all of them take. Copies are
-done at once, and barriers are nothing. `ex2`, `lg2`, `rcp`,
-`rsqrt` and `tanh` are as far off as NVIDIA allows their approximations to be.
+done at once, barriers are nothing, and `ex2`, `lg2`, `rcp`, `rsqrt` and `tanh` are as far off as NVIDIA lets them be.
 
 Source: PTX ISA 8.7.
 """
