@@ -180,21 +180,24 @@ def _chosen(operation, implementation, tensor, quantizer, center=None, written=N
     """What runs an operation; `written` are codes that are written in place."""
     if implementation == "eager" or 0 in tensor.shape or (implementation is None and not tensor.is_cuda):
         return getattr(eager, operation)
-    can = {}
-    if triton_compress is not None and (written is None or written.stride(3) == 1):
-        if operation != "decompress" and triton_compress.can_do_by_gluon(tensor, quantizer, center):
-            can["gluon"] = partial(getattr(triton_compress, operation), gluon=True)
-        if triton_compress.can_do(tensor, quantizer):
-            can["triton"] = getattr(triton_compress, operation)
+    many = implementation is None and kernels.are_many(tensor.shape[:-1].numel()) and kernels.gluon_is_tested()
+    for name in (implementation,) if implementation else ("gluon", "triton") if many else ("triton",):
+        if _can_do(name, operation, tensor, quantizer, center, written):
+            return partial(getattr(triton_compress, operation), **{"gluon": True} if name == "gluon" else {})
     if implementation is None:
-        many = kernels.are_many(tensor.shape[:-1].numel()) and kernels.gluon_is_tested()
-        return (can.get("gluon") if many else None) or can.get("triton") or getattr(eager, operation)
-    if implementation not in can:
-        raise NotImplementedError(
-            f"{NEEDS[implementation]}, got {list(tensor.shape)} {tensor.dtype}, head_dim={quantizer.head_dim} on "
-            f"{tensor.device}; 'eager' has no such need."
-        )
-    return can[implementation]
+        return getattr(eager, operation)
+    raise NotImplementedError(
+        f"{NEEDS[implementation]}, got {list(tensor.shape)} {tensor.dtype}, head_dim={quantizer.head_dim} on "
+        f"{tensor.device}; 'eager' has no such need."
+    )
+
+
+def _can_do(name, operation, tensor, quantizer, center, written):
+    if triton_compress is None or (written is not None and written.stride(3) != 1):
+        return False
+    if name == "gluon":
+        return operation != "decompress" and triton_compress.can_do_by_gluon(tensor, quantizer, center)
+    return triton_compress.can_do(tensor, quantizer)
 
 
 for _name, _function in (("compress", _compress), ("append", _append), ("decompress", _decompress)):

@@ -19,6 +19,8 @@ ABS_MASK = 0x7FFFFFFF
 INFINITY_BITS = 0x7F800000  # of a float32; the bits of |x| are at least this where x is not finite
 ROUNDER = 12582912.0  # 1.5·2^23: x + ROUNDER holds rint(x) in its low bits, for |x| < 2^22
 ROUNDER_BITS = 0x4B400000
+ROUNDER_NIBBLES = ROUNDER_BITS * 0x11111111 % 2**32  # eight of ROUNDER_BITS, each shifted by a nibble more, summed up
+SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-40, 2.0**40  # of vectors of 16-bit floats whose sums need no power of two
 SMALLEST_NORMAL = 2.0**-126
 
 

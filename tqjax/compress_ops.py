@@ -191,8 +191,11 @@ def _call(implementation, operation, options, dtype, *arrays):
     given, quantizer = dict(zip(ARGUMENTS[operation], arrays, strict=True)), options["quantizer"]
     rows = given["norms"].shape if operation == "decompress" else given["x"].shape[:-1]
     vectors = jax.ShapeDtypeStruct((*rows, quantizer.head_dim), jnp.dtype(dtype))
-    kernels, plain = _kernels(operation, quantizer, vectors, given.get("center") is not None), bound(XLA[operation])
-    name = implementation or _best(kernels, vectors)
+    many = are_many(prod(vectors.shape[:-1])) and device.all_hopper()
+    gluon = operation != "decompress" and (implementation == "gluon" or (many and gluon_is_tested()))
+    gluon = gluon and triton_compress.can_do_by_gluon(quantizer, vectors, given["center"] is not None)
+    kernels, plain = _kernels(operation, quantizer, vectors, gluon), bound(XLA[operation])
+    name = implementation or next((name for name in ("gluon", "triton") if name in kernels), "xla")
     if name == "xla" or any(0 in x.shape for x in arrays if x is not None):
         return plain(*arrays)
     if name not in kernels:
@@ -208,16 +211,10 @@ def _call(implementation, operation, options, dtype, *arrays):
     return lax.platform_dependent(*arrays, cuda=kernel, cpu=bound(_pallas(operation, interpret=True)))
 
 
-def _best(kernels, vectors):
-    """The name of the fastest on this process's devices."""
-    many = are_many(prod(vectors.shape[:-1])) and device.all_hopper() and gluon_is_tested()
-    return next((name for name in ("gluon", "triton") if name in kernels and (many or name != "gluon")), "xla")
-
-
-def _kernels(operation, quantizer, vectors, centered):
-    """The kernels that can do this on CUDA, by name."""
+def _kernels(operation, quantizer, vectors, gluon):
+    """The kernels that can do this on CUDA, by name; `gluon`: whether the Gluon encoder can and is wanted."""
     kernels = {}
-    if operation != "decompress" and triton_compress.can_do_by_gluon(quantizer, vectors, centered):
+    if gluon:
         kernels["gluon"] = functools.partial(getattr(triton_compress, operation), gluon=True)
     if triton_compress.can_do(quantizer):
         kernels["triton"] = getattr(triton_compress, operation)

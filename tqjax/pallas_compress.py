@@ -32,8 +32,6 @@ CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
 FEW_ROWS = 8192  # up to which they are spread over more lanes and programs
 DENSE_STEP = 32  # rows of the matrix that a step of a dense rotation takes
 
-SMALLEST_SQUARE, LARGEST_SQUARE = 2.0**-40, 2.0**40  # between which ‖x‖² of 16-bit floats needs no power of two
-ROUNDERS = fixed_point.ROUNDER_BITS * 0x11111111 % 2**32  # what eight of them add to a word of nibbles
 
 # $0 = ROUNDER + the place of a coordinate $1, that of the last boundary below it and 1, counted from the boundary at
 # zero. A hyperbolic tangent of factors $2 and $5 tells which boundary is in question; lane `place % 32` holds that one
@@ -256,9 +254,10 @@ def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, 
     x = [one for j in range(J) for one in _split8(load(8 * L * j + within))]
     half = x_ref.dtype.itemsize == 2 and not center_ref
     scale = functools.partial(_scaled, x, half, ptx)
-    if half:  # scaled or not, all sums of ordinary vectors have the same bits
+    if half:
         square = _square(x, half, ptx)
-        ordinary = ((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)).astype(jnp.int32)
+        # A vector whose ‖x‖² is ordinary needs no power of two: scaled or not, all sums have the same bits.
+        ordinary = ((square > fixed_point.SMALLEST_SQUARE) & (square < fixed_point.LARGEST_SQUARE)).astype(jnp.int32)
         zeros = jnp.zeros(R, jnp.int32)
         *scaled, square, e, usable, finite = lax.cond(
             jnp.min(ordinary) == 1, lambda: (*x, square, zeros, zeros + 1, zeros + 1), scale
@@ -285,8 +284,7 @@ def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, 
             one = _multiply(y[8 * j + (7 - i ^ 1)], np.float32(constants["FACTOR"]), ptx)
             index = (index << 4) + _find(one, steepness, radius, bounds, constants["LIMIT"], boundaries)
             ones.append(jnp.abs(one))
-        index = index + ((2 ** (bits - 1) - 1) * 0x11111111 - ROUNDERS)
-        index = jnp.where(usable[:, None], index, (2 ** (bits - 1) - 1) * 0x11111111)
+        index = index + ((2 ** (bits - 1) - 1) * 0x11111111 - fixed_point.ROUNDER_NIBBLES)
         group = (j * L + jnp.arange(L))[None, :]
         _store_codes(codes_ref, row, group, index, live[:, None] & (group < D // 8), D, bits)
         if corrected:
@@ -392,14 +390,15 @@ def _call(kernel, arrays, outs, block, rows, interpret, name):
 def _constants(quantizer, rows):
     """What both kernels are compiled for."""
     bits, dense = quantizer.code_bits, quantizer.rotation != "hadamard"
+    limit, steepness = companding(quantizer)
     padded = tuning.next_power_of_two(quantizer.head_dim)
     lanes = min(8 if rows < FEW_ROWS else 4, padded // 8)
     return {
         "D": quantizer.head_dim,
         "BITS": bits,
         "TABLE": centroid_words(quantizer.codebook.centroids[2 ** (bits - 1) :]),
-        "LIMIT": companding(quantizer)[0],
-        "STEEPNESS": companding(quantizer)[1],
+        "LIMIT": limit,
+        "STEEPNESS": steepness,
         "FACTOR": 1.0 if dense else float(inverse_sqrt(quantizer.head_dim)),
         "DENSE": dense,
         "R": 32 // lanes,

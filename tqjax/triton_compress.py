@@ -35,7 +35,7 @@ def can_do(quantizer):
 def can_do_by_gluon(quantizer, vectors, centered):
     """Whether the Gluon encoder takes vectors [..., S, D]."""
     shape = _four_axes(vectors.shape)[:3]
-    return INSTALLED and can_load("gluon_compress") and gluon_takes(quantizer, shape, vectors.dtype.name, centered)
+    return INSTALLED and gluon_takes(quantizer, shape, vectors.dtype.name, centered) and can_load("gluon_compress")
 
 
 def compress(x, quantizer, center=None, *, gluon=False):
@@ -55,8 +55,7 @@ def append(codes, norms, x, center, starts, page_table, quantizer, *, gluon=Fals
     """Codes [N, K, S, P] and norms [N, K, S] with x [B, K, T, D] in its places."""
     if center is not None:
         center = center.reshape((1,) * (4 - center.ndim) + center.shape)
-    options = {"quantizer": quantizer, "centered": center is not None, "paged": page_table is not None}
-    options["gluon"] = gluon
+    options = {"quantizer": quantizer, "centered": center is not None, "paged": page_table is not None, "gluon": gluon}
     return tuple(append_p.bind(*_present(codes, norms, x, starts, center, page_table), **options))
 
 

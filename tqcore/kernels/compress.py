@@ -20,7 +20,8 @@ INFINITY_BITS = tl.constexpr(fixed_point.INFINITY_BITS)
 MIN_EXPONENT = tl.constexpr(fixed_point.MIN_EXPONENT)
 MIN_EXPONENT_BITS = tl.constexpr(fixed_point.MIN_EXPONENT_BITS)
 MAGIC = tl.constexpr(8388608.0)  # 2^23: the low bits of MAGIC + n are n
-SMALLEST_SQUARE, LARGEST_SQUARE = tl.constexpr(2.0**-40), tl.constexpr(2.0**40)
+SMALLEST_SQUARE = tl.constexpr(fixed_point.SMALLEST_SQUARE)
+LARGEST_SQUARE = tl.constexpr(fixed_point.LARGEST_SQUARE)
 ROTATION = tl.constexpr(32)  # where the signs start in `tqcore.kernels.compress_table`
 
 # The centroids of four nibbles of $8 and of four of $9, by three bits of each, from the lowest on; the fourth bit is 0.
@@ -149,40 +150,38 @@ def _across(x, V: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _tree_sum(x, V: tl.constexpr, L: tl.constexpr, W: tl.constexpr = 8):
-    """The sum [V] of all coordinates, W in turn a lane, by halving them, `tqcore.fixed_point.tree_sum`."""
+def _tree_sum(x, V: tl.constexpr, L: tl.constexpr):
+    """The sum [V] of all coordinates by halving them, `tqcore.fixed_point.tree_sum`."""
     for _ in tl.static_range(7):
-        if len(x) > W:
+        if len(x) > 8:
             x = _halve(x)
     lanes = ()
-    for i in tl.static_range(W):
+    for i in tl.static_range(8):
         total = x[i]
         for k in tl.static_range(4):
             if (L >> k) > 1:
                 total = tl.sum(tl.reshape(total, [V, 2, L >> (k + 1)]), 1)
         lanes += (tl.reshape(total, [V]),)
-    for _ in tl.static_range(3):
-        if len(lanes) > 1:
-            lanes = _halve(lanes)
-    return lanes[0]
+    return _halve(_halve(_halve(lanes)))[0]
 
 
 @triton.jit
-def _square(x, HALF: tl.constexpr, V: tl.constexpr, L: tl.constexpr, W: tl.constexpr = 8):
-    """The tree sum of squares; where those are exact, a sum of two rounds once though it is fused."""
+def _square(x, HALF: tl.constexpr, V: tl.constexpr, L: tl.constexpr):
+    """‖x‖² [V]; squares of 16-bit floats are exact, so that a sum of two may be fused."""
     squares = ()
-    if HALF and len(x) > W:
+    if HALF and len(x) > 8:
         for i in tl.static_range(len(x) // 2):
             other = x[i + len(x) // 2]
             squares += (tl.fma(x[i], x[i], other * other),)
     else:
         for i in tl.static_range(len(x)):
             squares += (x[i] * x[i],)
-    return _tree_sum(squares, V, L, W)
+    return _tree_sum(squares, V, L)
 
 
 @triton.jit
 def _scaled(x, usable, inverse):
+    """x times a power of two, and zeros for what has no direction."""
     y = ()
     for i in tl.static_range(len(x)):
         y += (tl.where(usable, x[i], 0.0) * inverse,)
@@ -429,6 +428,7 @@ def compress_kernel(
     HALF: tl.constexpr = center_ptr is None and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     x = _load(x_row_ptr, center_row_ptr, live, D, V, L, J, PTX)
     square = _square(x, HALF, V, L)
+    # A vector whose ‖x‖² is ordinary needs no power of two: scaled or not, all sums have the same bits.
     finite, usable, e = square == square, square == square, tl.zeros([V], tl.int32)
     ordinary = ((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE)).to(tl.int32)
     if not HALF or tl.min(tl.reshape(ordinary[:, None] + 0 * lane, [V * L]), 0) == 0:
@@ -445,7 +445,6 @@ def compress_kernel(
     bounds = ()
     for i in tl.static_range(len(BOUNDARIES)):
         bounds += (BOUNDARIES[i] * radius,)
-    has_sign = tl.where(usable, 0x11111111 << (BITS - 1), 0).to(tl.uint32)[:, None]
     table = table_words(CENTROIDS, t)
     products = ()
     for j in tl.static_range(J):
@@ -465,7 +464,7 @@ def compress_kernel(
                 signs = (signs << 4) | (bits.to(tl.uint32, bitcast=True) >> 28).to(tl.int32, bitcast=True)
             magnitudes += (tl.abs(opposite),)
         low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
-        positive = (signs.to(tl.uint32, bitcast=True) >> (4 - BITS)) & has_sign
+        positive = (signs.to(tl.uint32, bitcast=True) >> (4 - BITS)) & (0x11111111 << (BITS - 1))
         index = _low_halves(low, high, PTX).to(tl.uint32, bitcast=True) ^ _flips(positive, BITS)
         _store_codes(code_row_ptr, lane, j * L, index, inside[:, None], D, BITS, ALIGNED)
         if CORRECTED:

@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from tqcore import fixed_point
+from tqcore.kernels import GLUON_VECTORS
 from tqcore.kernels.compress import (
     LARGEST_SQUARE,
     SMALLEST_SQUARE,
@@ -31,8 +32,8 @@ from tqcore.kernels.compress import (
     slots,
 )
 
-V = gl.constexpr(16)  # vectors of a program
-ROUNDERS = gl.constexpr(fixed_point.ROUNDER_BITS * 0x11111111 % 2**32)  # what eight of them add to a word of nibbles
+V = gl.constexpr(GLUON_VECTORS)
+ROUNDER_NIBBLES = gl.constexpr(fixed_point.ROUNDER_NIBBLES)
 
 # Of a pair of bfloat16 the lane's own as float32, and the other.
 OWN = gl.constexpr("prmt.b32 $0, $2, 0, $3; prmt.b32 $1, $2, 0, $4;")
@@ -220,7 +221,7 @@ def _two_words(y, along, n: gl.constexpr, factor, bounds, table, code_row_ptr, i
         place = gl.inline_asm_elementwise(FIND, "=&r,f,f,f", arguments, dtype=gl.int32, is_pure=False, pack=1)
         index = (index << 4) + place
         magnitudes += (gl.abs(one),)
-    index += (2 ** (BITS - 1) - 1) * 0x11111111 - ROUNDERS
+    index += (2 ** (BITS - 1) - 1) * 0x11111111 - ROUNDER_NIBBLES
     word = gl.inline_asm_elementwise(EXCHANGE, "=r,r,r,r", [index, turn, own], dtype=gl.int32, is_pure=False, pack=1)
     _store_codes(code_row_ptr, 4 * lane, FIRST, word, inside, D, BITS, ALIGNED)
     if CORRECTED:
