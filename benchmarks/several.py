@@ -49,17 +49,15 @@ def main() -> int:
     report |= {"op": "several", "devices": [str(device) for device in devices[:2]]}
     rows = []
     for batch, size in [(2, 64)] if dry else [(cache.BATCH, size) for size in POSITIONS]:
-        for steps in CALL_STEPS:
-            rows += run(devices[:2], batch, size, steps)
-            print(*rows[-3:], sep="\n", flush=True)
-            if not all(row["right"] for row in rows):
-                print("red: something differs; no time is reported", file=sys.stderr)
-                return 1
-    bench.write(report | {"rows": rows}, (arguments.out or bench.results_folder(report)) / "several.json")
+        rows += run(devices[:2], batch, size)
+        if not all(row["right"] for row in rows):
+            print("red: something differs; no time is reported", file=sys.stderr)
+            return 1
+        bench.write(report | {"rows": rows}, (arguments.out or bench.results_folder(report)) / "several.json")
     return 0
 
 
-def run(devices, batch, size, steps) -> list[dict]:
+def run(devices, batch, size) -> list[dict]:
     import jax
     from jax.sharding import AxisType, NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -69,31 +67,37 @@ def run(devices, batch, size, steps) -> list[dict]:
     mesh = jax.make_mesh((len(devices),), ("heads",), axis_types=(AxisType.Auto,), devices=devices)
     specs = jax.tree.map(lambda x: P(None, "heads") if x.ndim > 2 else P(), (caches, tokens, query))
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    decode = functools.partial(decode_steps, steps)
-    split = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=(specs[0], P(None, None, "heads")))
-    ways = {"one device": (decode, None), "automatic": (decode, places), "shard_map": (split, places)}
     one_scores = scores(q, k_codes, k_norms)
     spread = scores(*jax.device_put((q, k_codes, k_norms), NamedSharding(mesh, P(None, "heads"))))
     same_scores = bool((np.asarray(one_scores).view(np.int32) == np.asarray(spread).view(np.int32)).all())
-    rows, codes, expected = [], None, None
-    for name, (function, where) in ways.items():
-        function = jax.jit(function, donate_argnums=0)
-        given = jax.tree.map(jax.numpy.copy, (caches, tokens, query))
-        given = given if where is None else jax.device_put(given, where)
-        compiled = function.lower(*given).compile()
-        text = compiled.as_text()
-        found = sorted({one for one in COLLECTIVES if one in text})
-        held, outs = compiled(*given)
-        out, after = np.stack(list(map(np.asarray, outs))), np.asarray(held[-1].keys.codes[..., size : size + steps, :])
-        expected, codes = (out, after) if expected is None else (expected, codes)
-        error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
-        right = same_scores and not found and error <= LIMIT and bool((after == codes).all())
-        us = round(timed(function, held, given[1:], size) / steps, 2)
-        rows.append({"op": "decode", "way": name, "devices": 1 if where is None else len(devices), "S": size})
-        rows[-1]["steps_per_call"] = steps
-        rows[-1] |= {"us": us, "error": error, "collectives": found, "same_scores": same_scores, "right": right}
-        rows[-1]["vs_one"] = round(rows[0]["us"] / us, 3)
-        del held, given
+    rows = []
+    for steps in CALL_STEPS:
+        decode = functools.partial(decode_steps, steps)
+        split = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=(specs[0], P(None, None, "heads")))
+        ways = {"one device": (decode, None), "automatic": (decode, places), "shard_map": (split, places)}
+        one, codes, expected = None, None, None
+        for name, (function, where) in ways.items():
+            function = jax.jit(function, donate_argnums=0)
+            given = jax.tree.map(jax.numpy.copy, (caches, tokens, query))
+            given = given if where is None else jax.device_put(given, where)
+            compiled = function.lower(*given).compile()
+            text = compiled.as_text()
+            found = sorted({kind for kind in COLLECTIVES if kind in text})
+            held, outs = compiled(*given)
+            out, after = (
+                np.stack([*map(np.asarray, outs)]),
+                np.asarray(held[-1].keys.codes[..., size : size + steps, :]),
+            )
+            expected, codes = (out, after) if expected is None else (expected, codes)
+            error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+            right = same_scores and not found and error <= LIMIT and bool((after == codes).all())
+            us = round(timed(function, held, given[1:], size) / steps, 2)
+            one = us if one is None else one
+            row = {"op": "decode", "way": name, "devices": 1 if where is None else len(devices), "S": size}
+            row |= {"steps_per_call": steps, "us": us, "error": error, "collectives": found}
+            rows.append(row | {"same_scores": same_scores, "right": right, "vs_one": round(one / us, 3)})
+            print(rows[-1], flush=True)
+            del held, given
     return rows
 
 

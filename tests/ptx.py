@@ -7,7 +7,8 @@ Source: PTX ISA 8.7.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -29,14 +30,16 @@ PLAIN = {
 }
 
 
-def run(text: str, arguments: Mapping[int, NDArray | int | np.float32], grid: tuple[int, int, int]) -> None:
+def run(text: str, names: Sequence[str], given: Mapping[str, Any], grid: tuple[int, int, int]) -> None:
     """Runs all programs of a kernel, one after the other.
 
     Args:
       text: PTX of one kernel.
-      arguments: its parameters by number; arrays are written in place.
+      names: of its parameters, in order.
+      given: arrays, which are written in place, ints and float32 by name.
       grid: programs along x, y and z.
     """
+    arguments = {number: given[name] for number, name in enumerate(names)}
     buffers = {number + 1: x for number, x in arguments.items() if isinstance(x, np.ndarray)}
     parameters = {number: (number + 1) << BUFFER_BITS for number in arguments}
     parameters |= {number: x for number, x in arguments.items() if isinstance(x, int)}
@@ -47,6 +50,12 @@ def run(text: str, arguments: Mapping[int, NDArray | int | np.float32], grid: tu
         for y in range(grid[1]):
             for x in range(grid[0]):
                 _Program(buffers, parameters, {"x": x, "y": y, "z": z}, threads).run(program, labels)
+
+
+def strides(name: str, array: NDArray, axes: str) -> dict[str, int]:
+    """Those of the first axes, in elements, by the names that kernels give them."""
+    sizes = zip(axes, array.strides, strict=False)
+    return {f"{name}_stride_{axis}": size // array.itemsize for axis, size in sizes}
 
 
 def _parse(text):
@@ -123,34 +132,35 @@ class _Program:
         self.registers[operand] = values if live.all() or old is None else np.where(live, values, old)
 
     def compute(self, name, kinds, operands, live):
-        target, *sources = operands
-        kind = kinds[-1]
-        dtype = _dtype(kind)
-        function = FUNCTIONS[name]
+        """What FUNCTIONS says, of operands of one type; the product of `wide` is as wide as two."""
+        dtype, types = _dtype(kinds[-1]), [_dtype(kinds[-1])] * len(operands[1:])
+        if kinds[0] == "wide":
+            dtype = np.int64 if kinds[-1][0] == "s" else np.uint64
+            types[2:] = [dtype] * len(types[2:])
+        sources = [self.value(x, kind).astype(dtype) for x, kind in zip(operands[1:], types, strict=True)]
+        function = _toward_zero if "rz" in kinds else FUNCTIONS[name]
         with np.errstate(all="ignore"):
-            if name == "setp":
-                result = COMPARISONS[kinds[0]](*(self.value(x, dtype) for x in sources))
-            elif name == "selp":
-                *chosen, predicate = sources
-                result = np.where(self.registers[predicate], *(self.value(x, dtype) for x in chosen))
-            elif name in ("mul", "mad") and kinds[0] == "wide":
-                wide = np.int64 if kind[0] == "s" else np.uint64
-                product = self.value(sources[0], dtype).astype(wide) * self.value(sources[1], dtype).astype(wide)
-                result = product + self.value(sources[2], wide) if name == "mad" else product
-            elif name == "cvt" and "f16x2" in kinds:  # the first source is the high half
-                high, low = (self.value(x, dtype).astype(np.float16).view(np.uint16) for x in sources)
-                result = high.astype(np.uint32) << np.uint32(16) | low
-            elif name == "cvt":
-                result = self.value(sources[0], dtype).astype(_dtype(kinds[-2]))
-            elif name in ("shl", "shr"):
-                result = function(self.value(sources[0], dtype), self.value(sources[1], np.uint32).astype(dtype))
-            elif "rz" in kinds:
-                result = _toward_zero(*(self.value(x, dtype) for x in sources))
-            elif "ftz" in kinds:
-                result = _flushed(function(*(_flushed(self.value(x, dtype)) for x in sources)))
+            result = _flushed(function(*map(_flushed, sources))) if "ftz" in kinds else function(*sources)
+        self.write(operands[0], result, live)
+
+    def do_setp(self, name, kinds, operands, live):
+        left, right = (self.value(x, _dtype(kinds[-1])) for x in operands[1:])
+        self.write(operands[0], COMPARISONS[kinds[0]](left, right), live)
+
+    def do_selp(self, name, kinds, operands, live):
+        left, right = (self.value(x, _dtype(kinds[-1])) for x in operands[1:3])
+        self.write(operands[0], np.where(self.registers[operands[3]], left, right), live)
+
+    def do_cvt(self, name, kinds, operands, live):
+        """From the last type to the one before; to `f16x2` from two, the first of which is the high half."""
+        sources = [self.value(x, _dtype(kinds[-1])) for x in operands[1:]]
+        with np.errstate(all="ignore"):
+            if kinds[-2] == "f16x2":
+                high, low = (x.astype(np.float16).view(np.uint16).astype(np.uint32) for x in sources)
+                result = high << np.uint32(16) | low
             else:
-                result = function(*(self.value(x, dtype) for x in sources))
-        self.write(target, result, live)
+                result = sources[0].astype(_dtype(kinds[-2]))
+        self.write(operands[0], result, live)
 
     def do_mov(self, name, kinds, operands, live):
         """Of one register, or of parts of one into several, or of several into one."""
@@ -350,9 +360,6 @@ FUNCTIONS: dict[str, Callable] = {
     "bfe": _extract,
     "prmt": prmt,
     "lop3": lop3,
-    "setp": None,
-    "selp": None,
-    "cvt": None,
 }
 COMPARISONS = {
     "eq": np.equal,

@@ -16,7 +16,7 @@ BATCH, KV_HEADS, GROUP = 2, 1, 4
 
 
 def compiled(name, quantizers, strides, page, options, splits, sinks):
-    """Names of parameters, and PTX, of attention and of the merge."""
+    """PTX, and names of parameters, of attention and of the merge."""
     from cubin import compile_kernel
 
     keys, values = quantizers
@@ -32,7 +32,7 @@ def compiled(name, quantizers, strides, page, options, splits, sinks):
         types |= {key: "i32:16" if "codes" in key else "i32" for key in types if "stride" in key}
         options["enable_fp_fusion"] = False
         text = compile_kernel(kernel, types, given, capability, **options).asm["ptx"]
-        made.append((list(types), text))
+        made.append((text, list(types)))
     return made
 
 
@@ -85,11 +85,10 @@ def test_their_instructions_attend(in_compiling_process, kernel, name):
     for side, one in zip("kv", packed, strict=True):
         words = fixed_point.score_table(one.quantizer.codebook.centroids).words
         given |= {f"{side}_codes_ptr": one.codes, f"{side}_norms_ptr": one.norms, f"{side}_table_ptr": words}
-        for what, array in (("codes", one.codes), ("norms", one.norms)):
-            given |= {f"{side}_{what}_stride_{axis}": array.strides[i] // array.itemsize for i, axis in enumerate("bk")}
-    ptx.run(attend[1], {i: given[name] for i, name in enumerate(attend[0])}, (splits * kv, 1, 1))
+        given |= ptx.strides(f"{side}_codes", one.codes, "bk") | ptx.strides(f"{side}_norms", one.norms, "bk")
+    ptx.run(*attend, given, (splits * kv, 1, 1))
     given["signs_ptr"] = signs(quantizers[1])
-    ptx.run(merge[1], {i: given[name] for i, name in enumerate(merge[0])}, (kv * rows, 1, 1))
+    ptx.run(*merge, given, (kv * rows, 1, 1))
 
     expected, expected_lse = tqcore.attention(
         query, *packed, kv_lengths=lengths, page_table=pages, sinks=sinks, return_lse=True,

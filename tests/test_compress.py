@@ -160,19 +160,10 @@ def test_its_instructions_give_the_oracles_bits(in_compiling_process, case, few)
     names, text, grid = in_compiling_process(encoder_ptx, quantizer, shape, "*bf16" if half else "*fp32", few)
     codes, norms = np.full((*shape, quantizer.packed_dim), 7, np.uint8), np.full(shape, 3, np.float32)
     given = {"x_ptr": x.view(np.uint16) if half else x, "table_ptr": kernels.compress_table(quantizer)}
-    given |= {
-        "codes_ptr": codes,
-        "norms_ptr": norms,
-        "K": shape[1],
-        "T": shape[2],
-        "S": shape[2],
-        "N": shape[0],
-        "M": 0,
-    }
-    for name, array in (("x_stride", x), ("codes_stride", codes), ("norms_stride", norms)):
-        axes = "bkt" if name[0] == "x" else "bks"
-        given |= {f"{name}_{axis}": n // array.itemsize for axis, n in zip(axes, array.strides[:3], strict=True)}
-    ptx.run(text, {i: given.get(name, norms.size) for i, name in enumerate(names)}, grid)
+    given |= {"codes_ptr": codes, "norms_ptr": norms, "vectors": norms.size}
+    given |= {"N": shape[0], "K": shape[1], "T": shape[2], "S": shape[2], "M": 0}
+    given |= ptx.strides("x", x, "bkt") | ptx.strides("codes", codes, "bks") | ptx.strides("norms", norms, "bks")
+    ptx.run(text, names, given, grid)
     check(case, codes, norms, tqcore.compress(x, quantizer))
 
 

@@ -113,11 +113,10 @@ def interpreted(in_compiling_process, quantizer, x, packed, starts=None, pages=N
     given = {"x_ptr": bits, "places_ptr": kernels.place_table(quantizer), "codes_ptr": packed.codes}
     given |= {"norms_ptr": packed.norms, "starts_ptr": starts, "pages_ptr": pages, "S": size, "N": rows}
     given["M"] = 0 if pages is None else pages.shape[1]
-    for name, array in (("x_stride", x), ("codes_stride", packed.codes), ("norms_stride", packed.norms)):
-        axes = "bkt" if name[0] == "x" else "bks"
-        given |= {f"{name}_{axis}": n // array.itemsize for axis, n in zip(axes, array.strides[:3], strict=True)}
+    given |= ptx.strides("x", x, "bkt") | ptx.strides("codes", packed.codes, "bks")
+    given |= ptx.strides("norms", packed.norms, "bks")
     grid = kernels.gluon_compress_launch(quantizer, x.shape[:3])[1]
-    ptx.run(text, {i: given[name] for i, name in enumerate(names)}, grid)
+    ptx.run(text, names, given, grid)
 
 
 @pytest.mark.parametrize(

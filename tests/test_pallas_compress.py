@@ -130,7 +130,8 @@ def test_its_instructions_give_the_oracles_bits(in_compiling_process, case):
     quantizer, rows = case.quantizer, x[..., 0].size
     text = in_compiling_process(encoder_ptx, quantizer, rows, case.dtype)
     codes, norms = np.full((*x.shape[:3], quantizer.packed_dim), 7, np.uint8), np.full(x.shape[:3], 3, np.float32)
-    given = [x.view(f"u{x.itemsize}"), signs(quantizer), place_table(quantizer), codes, norms]
+    given = {"x": x.view(f"u{x.itemsize}"), "signs": signs(quantizer), "places": place_table(quantizer)}
+    given |= {"codes": codes, "norms": norms}
     lanes = min(4, case.D // 8)
-    ptx.run(text, dict(enumerate(given)), (-(-rows // (32 // lanes)), 1, 1))
+    ptx.run(text, [*given], given, (-(-rows // (32 // lanes)), 1, 1))
     check(case, codes, norms, tqcore.compress(x, quantizer))

@@ -50,10 +50,10 @@ def test_their_instructions_give_the_oracles_bits(in_compiling_process, implemen
     assert len(words) == 4 * planes + 1
     out = np.full((KV_HEADS, rows, S), 3, np.float32)
     given = {"q_ptr": q, "codes_ptr": codes, "norms_ptr": norms, "table_ptr": words, "scale": scale, "out_ptr": out}
-    given |= {"codes_stride_b": codes.strides[0], "codes_stride_k": codes.strides[1], "norms_stride_b": KV_HEADS * S}
-    given |= {"norms_stride_k": S, "K": KV_HEADS, "R": rows, "S": S, "blocks": config.blocks}
+    given |= ptx.strides("codes", codes, "bk") | ptx.strides("norms", norms, "bk")
+    given |= {"K": KV_HEADS, "R": rows, "S": S, "blocks": config.blocks}
     programs_s, _, programs_r = config.grid(rows, S, KV_HEADS)
-    ptx.run(text, {i: given[name] for i, name in enumerate(names)}, (programs_s * KV_HEADS, programs_r, 1))
+    ptx.run(text, names, given, (programs_s * KV_HEADS, programs_r, 1))
     heads = {"n_q_heads": KV_HEADS * rows, "n_kv_heads": KV_HEADS}
     expected = tqcore.fused_qk_scores(q, codes, norms, table, float(scale), **heads).reshape(out.shape)
     same = (out.view(np.int32) == expected.view(np.int32)) | (np.isnan(out) & np.isnan(expected))
