@@ -131,63 +131,36 @@ def test_decoders_agree(monkeypatch, case, rotated):
 # --- compilation ----------------------------------------------------------------------------------------------
 
 
-def encoder_ptx(quantizer, shape, dtype, few):
-    """Names of parameters, PTX and grid of the encoder of vectors [B, K, T]."""
-    from cubin import compile_kernel
-
-    kernels.FEW_VECTORS = kernels.FEW_VECTORS if few else 0  # in a process of its own
-    name, constants, grid, num_warps = kernels.compress_launch(quantizer, shape, encode=True)
-    none = "center_ptr", "starts_ptr", "pages_ptr", "codes_in_ptr", "norms_in_ptr"
-    constants |= dict.fromkeys(none) | {f"center_stride_{axis}": 0 for axis in "bkt"} | {"norms_stride_s": 1}
-    kernel = kernels.load(name)
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = {name: POINTERS.get(name, "i32") for name in names} | {"x_ptr": dtype}
-    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
-    return names, compile_kernel(kernel, signature, constants, 90, **options).asm["ptx"], grid
-
-
-@pytest.mark.parametrize(
-    ("case", "few"),
-    [(Case(D=128, S=16, dtype="bfloat16"), False), (Case(D=128, S=11, dtype="bfloat16"), True),
-     (Case(D=128, bits=2, S=16, dtype="bfloat16"), False), (Case(D=64, bits=3), False), (Case(D=64, bits=1), False)],
-    ids=str,
-)  # fmt: skip
-def test_its_instructions_give_the_oracles_bits(in_compiling_process, case, few):
-    """What an interpreter leaves out: the assembly."""
-    x, _ = vectors(case)
-    shape, quantizer = x.shape[:3], case.quantizer
-    half = case.dtype == "bfloat16"
-    names, text, grid = in_compiling_process(encoder_ptx, quantizer, shape, "*bf16" if half else "*fp32", few)
-    codes, norms = np.full((*shape, quantizer.packed_dim), 7, np.uint8), np.full(shape, 3, np.float32)
-    given = {"x_ptr": x.view(np.uint16) if half else x, "table_ptr": kernels.compress_table(quantizer)}
-    given |= {"codes_ptr": codes, "norms_ptr": norms, "vectors": norms.size}
-    given |= {"N": shape[0], "K": shape[1], "T": shape[2], "S": shape[2], "M": 0}
-    given |= ptx.strides("x", x, "bkt") | ptx.strides("codes", codes, "bks") | ptx.strides("norms", norms, "bks")
-    ptx.run(text, names, given, grid)
-    check(case, codes, norms, tqcore.compress(x, quantizer))
-
-
 POINTERS = {"x_ptr": "*bf16", "codes_ptr": "*u8", "norms_ptr": "*fp32", "table_ptr": "*i32", "out_ptr": "*bf16"}
 POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32"}
 
 
+def make(quantizer, shape, capability=90, *, encode=True, appends=False, x="*bf16", sizes="i32"):
+    """One kernel, compiled; the names of its parameters, and its grid for vectors [B, K, T]."""
+    from cubin import compile_kernel
+
+    name, constants, grid, num_warps = kernels.compress_launch(quantizer, shape, encode=encode)
+    none = "center_ptr", "codes_in_ptr", "norms_in_ptr", *(() if appends else ("starts_ptr", "pages_ptr"))
+    constants |= dict.fromkeys(none) | {f"center_stride_{axis}": 0 for axis in "bkt"}
+    constants |= {"norms_stride_s": 1, "ROTATED": False}
+    kernel = kernels.load(name)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: POINTERS.get(name, sizes) for name in names}
+    signature |= {"x_ptr": x} if encode else {}
+    signature |= {name: "i32" for name in ("K", "N", "M", "vectors") if name in names}
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    return compile_kernel(kernel, signature, constants, capability, **options), names, grid
+
+
 def compiled(name, head_dim, bits, vectors, capability):
     """Resources of one kernel, which appends to pages where it encodes few vectors."""
-    from cubin import compile_kernel, resources
+    from cubin import resources
 
-    from tqcore.kernels import compress_launch, load
-
-    _, constants, _, num_warps = compress_launch(
-        Quantizer(head_dim, bits), (1, 1, vectors), encode=not name.endswith("decompress")
-    )
-    constants |= {"center_ptr": None, "codes_in_ptr": None, "norms_in_ptr": None, "norms_stride_s": 1, "ROTATED": False}
-    constants |= {"starts_ptr": None, "pages_ptr": None} if vectors > kernels.FEW_VECTORS else {}
-    kernel = load(name)
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {n: POINTERS.get(n, "i32:16") for n in kernel.arg_names if n not in constants}
-    signature |= {n: "i32" for n in ("K", "N", "M", "vectors") if n in signature}
-    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
-    return resources(compile_kernel(kernel, signature, constants, capability, **options), capability)
+    encode, few = not name.endswith("decompress"), not kernels.are_many(vectors)
+    shape = 1, 1, vectors
+    made, _, _ = make(Quantizer(head_dim, bits), shape, capability, encode=encode, appends=few, sizes="i32:16")
+    return resources(made, capability)
 
 
 @pytest.mark.parametrize(
@@ -206,3 +179,31 @@ def test_compiles(in_compiling_process, name, head_dim, bits, vectors, capabilit
     )
     assert taken.cubin_bytes > 0 and taken.shared_bytes < 99 * 1024
     assert taken.spill_bytes == 0 and (name.startswith("dense") or taken.registers <= 168)
+
+
+def encoder_ptx(quantizer, shape, x, few):
+    """PTX, names of parameters and grid of the encoder."""
+    kernels.FEW_VECTORS = kernels.FEW_VECTORS if few else 0  # in a process of its own
+    made, names, grid = make(quantizer, shape, x=x)
+    return made.asm["ptx"], names, grid
+
+
+@pytest.mark.parametrize(
+    ("case", "few"),
+    [(Case(D=128, S=16, dtype="bfloat16"), False), (Case(D=128, S=11, dtype="bfloat16"), True),
+     (Case(D=128, bits=2, S=16, dtype="bfloat16"), False), (Case(D=64, bits=3), False), (Case(D=64, bits=1), False)],
+    ids=str,
+)  # fmt: skip
+def test_its_instructions_give_the_oracles_bits(in_compiling_process, case, few):
+    """What an interpreter leaves out: the assembly."""
+    x, _ = vectors(case)
+    shape, quantizer = x.shape[:3], case.quantizer
+    half = case.dtype == "bfloat16"
+    text, names, grid = in_compiling_process(encoder_ptx, quantizer, shape, "*bf16" if half else "*fp32", few)
+    codes, norms = np.full((*shape, quantizer.packed_dim), 7, np.uint8), np.full(shape, 3, np.float32)
+    given = {"x_ptr": x.view(np.uint16) if half else x, "table_ptr": kernels.compress_table(quantizer)}
+    given |= {"codes_ptr": codes, "norms_ptr": norms, "vectors": norms.size}
+    given |= {"N": shape[0], "K": shape[1], "T": shape[2], "S": shape[2], "M": 0}
+    given |= ptx.strides("x", x, "bkt") | ptx.strides("codes", codes, "bks") | ptx.strides("norms", norms, "bks")
+    ptx.run(text, names, given, grid)
+    check(case, codes, norms, tqcore.compress(x, quantizer))
