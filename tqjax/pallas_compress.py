@@ -127,6 +127,26 @@ def _tree_sum(x):
     return _halve(_halve(_halve(lanes)))[0]
 
 
+def _square(x, half, ptx):
+    """‖x‖² [R]; squares of 16-bit floats are exact, so that a sum of two may be fused."""
+    n = len(x) // 2
+    if half and n >= 8:
+        return _tree_sum([x[i] * x[i] + _multiply(x[i + n], x[i + n], ptx) for i in range(n)])
+    return _tree_sum([_multiply(one, one, ptx) for one in x])
+
+
+def _scaled(x, half, ptx):
+    """x times a power of two, and zeros for what has no direction; ‖x̃‖² and e; whether x has one, is finite: 1 or 0."""
+    magnitude = functools.reduce(jnp.maximum, (_bits(one) & ABS_MASK for one in x))
+    magnitude = jnp.max(magnitude, axis=1)
+    finite = magnitude < INFINITY_BITS
+    usable = finite & (magnitude >= MIN_EXPONENT_BITS)
+    e = jnp.where(usable, ((magnitude + CARRY) >> 23) - BIAS, 0)
+    inverse = _float((127 - e) << 23)[:, None]
+    x = [jnp.where(usable[:, None], one, 0.0) * inverse for one in x]
+    return (*x, _square(x, half, ptx), e, usable.astype(jnp.int32), finite.astype(jnp.int32))
+
+
 def _halve(x):
     half = len(x) // 2
     return [x[i] + x[i + half] for i in range(half)]
@@ -222,26 +242,6 @@ def _multiply(a, b, ptx):
     return _assembly("mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b) if ptx else jnp.minimum(a * b, QUERY_LIMIT**2)
 
 
-def _square(x, half, ptx):
-    """‖x‖² [R]; squares of 16-bit floats are exact, so that a sum of two may be fused."""
-    n = len(x) // 2
-    if half and n >= 8:
-        return _tree_sum([x[i] * x[i] + _multiply(x[i + n], x[i + n], ptx) for i in range(n)])
-    return _tree_sum([_multiply(one, one, ptx) for one in x])
-
-
-def _scaled(x, half, ptx):
-    """x̃, its square, and e; whether x has a direction, and is finite, as 1 or 0."""
-    magnitude = functools.reduce(jnp.maximum, (_bits(one) & ABS_MASK for one in x))
-    magnitude = jnp.max(magnitude, axis=1)
-    finite = magnitude < INFINITY_BITS
-    usable = finite & (magnitude >= MIN_EXPONENT_BITS)
-    e = jnp.where(usable, ((magnitude + CARRY) >> 23) - BIAS, 0)
-    inverse = _float(jnp.where(usable, (127 - e) << 23, 0))[:, None]
-    x = [jnp.where(usable[:, None], one, 0.0) * inverse for one in x]
-    return (*x, _square(x, half, ptx), e, usable.astype(jnp.int32), finite.astype(jnp.int32))
-
-
 def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, corrected, boundaries, ptx):
     """x [rows, D] to codes [rows, P] and norms [rows]; refs: the center's, if any, and those."""
     *center_ref, codes_ref, norms_ref = refs
@@ -259,17 +259,17 @@ def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, 
         # A vector whose ‖x‖² is ordinary needs no power of two: scaled or not, all sums have the same bits.
         ordinary = ((square > fixed_point.SMALLEST_SQUARE) & (square < fixed_point.LARGEST_SQUARE)).astype(jnp.int32)
         zeros = jnp.zeros(R, jnp.int32)
-        *scaled, square, e, usable, finite = lax.cond(
+        *x, square, e, usable, finite = lax.cond(
             jnp.min(ordinary) == 1, lambda: (*x, square, zeros, zeros + 1, zeros + 1), scale
         )
     else:
-        *scaled, square, e, usable, finite = scale()
+        *x, square, e, usable, finite = scale()
     usable = usable == 1
     length = _assembly("sqrt.rn.f32 $0, $1;", "=f,f", square) if ptx else jnp.sqrt(square)
 
     dense = constants["DENSE"]
     inverse = _float((127 - e) << 23)[:, None]
-    y = _dense(load, rotation_ref, inverse, usable, constants) if dense else _rotate(scaled, rotation_ref, within)
+    y = _dense(load, rotation_ref, inverse, usable, constants) if dense else _rotate(x, rotation_ref, within)
     zeros = jnp.zeros((R, L), jnp.float32)
     radius = jnp.where(usable, length, 1.0)[:, None] + zeros
     steepness, bounds = constants["STEEPNESS"] / radius, None
