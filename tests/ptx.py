@@ -203,20 +203,25 @@ class _Program:
                 assert has[lane] in (0, size)
 
     def do_mma(self, name, kinds, operands, live):
-        """Lane 4·g + t has rows g and g + 8 of A, column g of B, and 2·t and 2·t + 1 of the sum; of k 4 bytes each."""
+        """Lane 4·g + t has rows g and g + 8 of A, column g of B, and 2·t and 2·t + 1 of the sum; of k 4 bytes each.
+
+        Sums of floats are rounded toward zero.
+        """
         assert live.all() and kinds[3:5] == ["row", "col"]
         a, b, c = (np.stack([self.value(x, np.uint32) for x in registers], 1) for registers in operands[1:])
-        whole = kinds[2] == "m16n8k32" and kinds[-4:] == ["s32", "s8", "s8", "s32"]
-        assert whole or (kinds[2] == "m16n8k16" and kinds[-4:] == ["f32", "f16", "f16", "f32"])
-        part, total = (np.int8, np.int32) if whole else (np.float16, np.float32)
-        wide = np.int64 if whole else np.float64
-        left = a.view(part).reshape(-1, 8, 4, 2, 2, 4 // np.dtype(part).itemsize)  # warp, g, t, k's half, row's half, k
+        whole, halves = kinds[-2] == "s8", b.shape[1]
+        types, size = (("s32", "s8"), 32) if whole else (("f32", kinds[-2]), 16)
+        assert kinds[2] == f"m16n8k{size // 2 * halves}" and kinds[-4:] == [types[0], types[1], types[1], types[0]]
+        part, total = (np.int8, np.int32) if whole else (FLOATS[kinds[-2]], np.float32)
+        wide, number = np.int64 if whole else np.float64, 4 // np.dtype(part).itemsize
+        left = a.view(part).reshape(-1, 8, 4, halves, 2, number)  # warp, g, t, k's half, row's half, k
         left = left.transpose(0, 4, 1, 3, 2, 5).reshape(len(left), 16, -1).astype(wide)
-        right = b.view(part).reshape(-1, 8, 4, 2, 4 // np.dtype(part).itemsize)
+        right = b.view(part).reshape(-1, 8, 4, halves, number)
         right = right.transpose(0, 3, 2, 4, 1).reshape(len(right), -1, 8).astype(wide)
-        product = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
-        for register, column in zip(operands[0], (product + c.view(total)).T, strict=True):
-            self.write(register, column.astype(total), live)
+        with np.errstate(all="ignore"):
+            product = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4) + c.view(total)
+        for register, column in zip(operands[0], product.T, strict=True):
+            self.write(register, column.astype(total) if whole else _truncated(column), live)
 
     def do_ld(self, name, kinds, operands, live):
         targets = operands[0] if isinstance(operands[0], list) else [operands[0]]
@@ -318,6 +323,13 @@ def _toward_zero(a, b):
     rest = np.where(np.abs(a) >= np.abs(b), b - (nearest - a), a - (nearest - b))
     past = (rest != 0) & (nearest != 0) & (np.signbit(rest) != np.signbit(nearest))
     return np.where(past, np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def _truncated(x):
+    """float64 as float32, rounded so."""
+    with np.errstate(all="ignore"):
+        nearest = x.astype(np.float32)
+    return np.where(np.abs(nearest) > np.abs(x), np.nextafter(nearest, np.float32(0)), nearest)
 
 
 def _flushed(x):

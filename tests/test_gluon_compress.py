@@ -49,9 +49,10 @@ def test_one_bit_has_one_boundary():
     [
         (True, Quantizer(128), (2, 3, 32), "bfloat16", False),
         (True, Quantizer(64, 1, norm="plain", seed=5), (1, 1, 16), "bfloat16", False),
-        (False, Quantizer(256), (2, 3, 32), "bfloat16", False),
+        (True, Quantizer(256, 2), (2, 3, 1), "bfloat16", False),
+        (False, Quantizer(32), (2, 3, 32), "bfloat16", False),
         (False, Quantizer(128, rotation="haar"), (2, 3, 32), "bfloat16", False),
-        (False, Quantizer(128), (2, 3, 24), "bfloat16", False),
+        (True, Quantizer(128), (2, 3, 25), "bfloat16", False),
         (False, Quantizer(128), (2, 3, 32), "float16", False),
         (False, Quantizer(128), (2, 3, 32), "bfloat16", True),
         (False, Quantizer(128), (2**16, 3, 32), "bfloat16", False),
@@ -73,8 +74,11 @@ def test_needs_a_hopper(package):
 
 # --- compilation -------------------------------------------------------------------------------------------------
 
-POINTERS = {"x_ptr": "*bf16", "places_ptr": "*fp32", "codes_ptr": "*u8", "norms_ptr": "*fp32"}
-POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32", "N": "i32", "M": "i32"}
+POINTERS = {"x_ptr": "*bf16", "table_ptr": "*i32", "codes_ptr": "*u8", "norms_ptr": "*fp32"}
+POINTERS |= {"starts_ptr": "*i32", "pages_ptr": "*i32", "N": "i32", "M": "i32", "T": "i32"}
+
+
+STEPS = 4  # of a program here
 
 
 def compiled(quantizer, paged, aligned):
@@ -82,6 +86,7 @@ def compiled(quantizer, paged, aligned):
     from cubin import compile_kernel, resources
 
     constants, _, options = kernels.gluon_compress_launch(quantizer, (1, 1, 2**16), aligned=aligned)
+    constants["STEPS"] = STEPS
     none = ["codes_in_ptr", "norms_in_ptr", *([] if paged else ["starts_ptr", "pages_ptr"])]
     constants |= dict.fromkeys(none) | {"norms_stride_s": 1}
     kernel = kernels.load("gluon_compress")
@@ -93,7 +98,7 @@ def compiled(quantizer, paged, aligned):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "paged"), [(128, 4, False), (128, 4, True), (64, 3, False), (128, 1, False)]
+    ("head_dim", "bits", "paged"), [(128, 4, False), (128, 4, True), (64, 3, False), (128, 1, False), (256, 4, False)]
 )
 def test_compiles(in_compiling_process, head_dim, bits, paged, record_property):
     _, _, taken = in_compiling_process(compiled, Quantizer(head_dim, bits), paged, True)
@@ -102,7 +107,7 @@ def test_compiles(in_compiling_process, head_dim, bits, paged, record_property):
         f"gluon_compress   sm_90   D={head_dim:<4} bits={bits} pages={paged!s:<5}: {taken.registers:>3} registers, "
         f"{taken.spill_bytes} bytes spilled, {taken.shared_bytes:>6} bytes shared",
     )
-    assert taken.spill_bytes <= 32 and taken.registers <= 96
+    assert taken.spill_bytes == 0 and taken.registers <= (96 if head_dim <= 128 else 144)
 
 
 def interpreted(in_compiling_process, quantizer, x, packed, starts=None, pages=None, aligned=True):
@@ -110,27 +115,27 @@ def interpreted(in_compiling_process, quantizer, x, packed, starts=None, pages=N
     names, text, _ = in_compiling_process(compiled, quantizer, pages is not None, aligned)
     rows, _, size, _ = packed.codes.shape
     bits = (x.view(np.uint32) >> 16).astype(np.uint16)
-    given = {"x_ptr": bits, "places_ptr": kernels.place_table(quantizer), "codes_ptr": packed.codes}
+    given = {"x_ptr": bits, "table_ptr": kernels.gluon_compress_table(quantizer), "codes_ptr": packed.codes}
     given |= {"norms_ptr": packed.norms, "starts_ptr": starts, "pages_ptr": pages, "S": size, "N": rows}
-    given["M"] = 0 if pages is None else pages.shape[1]
+    given |= {"T": x.shape[2], "M": 0 if pages is None else pages.shape[1]}
     given |= ptx.strides("x", x, "bkt") | ptx.strides("codes", packed.codes, "bks")
     given |= ptx.strides("norms", packed.norms, "bks")
-    grid = kernels.gluon_compress_launch(quantizer, x.shape[:3])[1]
-    ptx.run(text, names, given, grid)
+    ptx.run(text, names, given, (-(-x.shape[2] // (8 * STEPS)), x.shape[1], x.shape[0]))
 
 
 @pytest.mark.parametrize(
     ("head_dim", "bits", "norm", "aligned"),
     [(128, 4, "corrected", True), (128, 4, "plain", False), (128, 3, "corrected", True), (128, 2, "plain", True),
-     (128, 1, "corrected", True), (64, 4, "corrected", True), (64, 3, "plain", False)],
+     (128, 1, "corrected", True), (64, 4, "corrected", True), (64, 3, "plain", False), (256, 4, "corrected", True)],
 )  # fmt: skip
 def test_its_instructions_give_the_oracles_codes(in_compiling_process, head_dim, bits, norm, aligned):
-    quantizer, x = Quantizer(head_dim, bits, norm=norm, seed=bits), vectors(48, head_dim)
+    quantizer, x = Quantizer(head_dim, bits, norm=norm, seed=bits), vectors(43, head_dim)
     packed = PackedVectors(
-        np.full((2, 3, 48, quantizer.packed_dim), 7, np.uint8), np.full((2, 3, 48), 3, np.float32), quantizer
+        np.full((2, 3, 44, quantizer.packed_dim), 7, np.uint8), np.full((2, 3, 44), 3, np.float32), quantizer
     )
     interpreted(in_compiling_process, quantizer, x, packed, aligned=aligned)
-    check(packed.codes, packed.norms, tqcore.compress(x, quantizer), quantizer)
+    assert (packed.codes[:, :, 43] == 7).all() and (packed.norms[:, :, 43] == 3).all()  # there is no such vector
+    check(packed.codes[:, :, :43], packed.norms[:, :, :43], tqcore.compress(x, quantizer), quantizer)
 
 
 def test_its_instructions_append_to_pages(in_compiling_process):
@@ -191,10 +196,10 @@ def check(codes, norms, expected, quantizer):
 @pytest.mark.gpu
 @pytest.mark.parametrize("package", [tq_torch, tqjax], ids=lambda package: package.__name__)
 @pytest.mark.parametrize("norm", ["plain", "corrected"])
-@pytest.mark.parametrize(("head_dim", "bits"), [(64, 1), (64, 3), (64, 4), (128, 2), (128, 3), (128, 4)])
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 1), (64, 3), (64, 4), (128, 2), (128, 3), (128, 4), (256, 4)])
 def test_codes_and_norms(package, norm, head_dim, bits):
     quantizer = Quantizer(head_dim, bits, norm=norm, seed=bits)
-    x = vectors(1024, head_dim)
+    x = vectors(1021, head_dim)
     packed = package.compress(bfloat16(package, x), quantizer, implementation="gluon")
     check(to_numpy(packed.codes), to_numpy(packed.norms), tqcore.compress(x, quantizer), quantizer)
 
@@ -236,4 +241,4 @@ def test_it_is_taken_for_many_vectors_alone(monkeypatch):
         tq_torch.compress(torch.ones(1, 4, length, 128, dtype=getattr(torch, dtype), device="cuda"), Quantizer(128))
     shifted = torch.ones(4 * 4096 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(1, 4, 4096, 128)
     tq_torch.compress(shifted, Quantizer(128))
-    assert seen == [True, False, False, False, False]
+    assert seen == [True, False, False, True, False]

@@ -21,8 +21,8 @@ ENCODERS = (*IMPLEMENTATIONS, "gluon")
 NEEDS = {
     "triton": "'triton' needs Triton, head_dim 8 to 256, bytes of codes side by side, and CUDA tensors or "
     "TRITON_INTERPRET=1 in the environment",
-    "gluon": "'gluon' needs a Hopper device, Triton with Gluon, bfloat16 of head_dim 64 or 128, a Hadamard rotation, "
-    "no center, multiples of 16 positions aligned to 16 bytes and bytes of codes side by side",
+    "gluon": "'gluon' needs a Hopper device, Triton with Gluon, bfloat16 of head_dim 64, 128 or 256, a Hadamard "
+    "rotation, no center, vectors aligned to 16 bytes and bytes of codes side by side",
 }
 
 
@@ -41,9 +41,9 @@ def compress(
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
       implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
-        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, bfloat16 of head_dim 64 or 128 with a Hadamard rotation
-        and without a center, multiples of 16 positions), or None: on CUDA the first of gluon (for many vectors) and
-        triton that can do the case, else eager.
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, bfloat16 of head_dim 64, 128 or 256 with a Hadamard
+        rotation and without a center), or None: on CUDA the first of gluon (for many vectors) and triton that can do
+        the case, else eager.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.
@@ -90,9 +90,9 @@ def append(
       page_table: [B, M] int32. Position s of sequence b is then in page page_table[b, s // page]; S is M · page. No two
         sequences may write to one place.
       implementation: "eager" (any device with float64), "triton" (CUDA, head_dim 8 to 256; on a CPU Triton's
-        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, bfloat16 of head_dim 64 or 128 with a Hadamard rotation
-        and without a center, multiples of 16 positions), or None: on CUDA the first of gluon (for many vectors) and
-        triton that can do the case, else eager.
+        interpreter, under TRITON_INTERPRET=1), "gluon" (Hopper, bfloat16 of head_dim 64, 128 or 256 with a Hadamard
+        rotation and without a center), or None: on CUDA the first of gluon (for many vectors) and triton that can do
+        the case, else eager.
 
     Returns:
       PackedVectors: `packed`, whose tensors were written to.

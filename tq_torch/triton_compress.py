@@ -10,9 +10,9 @@ from tqcore.kernels import (
     compress_launch,
     compress_table,
     gluon_compress_launch,
+    gluon_compress_table,
     gluon_takes,
     load,
-    place_table,
 )
 from tqcore.quantizer import Quantizer
 
@@ -58,8 +58,8 @@ def _encode(x, center, starts, page_table, codes, norms, quantizer, gluon):
     if gluon:
         constants, grid, options = gluon_compress_launch(quantizer, x.shape[:3], aligned=aligned)
         load("gluon_compress")[grid](
-            x, _places(quantizer, x.device), starts, page_table, None, None, codes, norms,
-            *x.stride()[:3], *codes.stride()[:3], *norms.stride(), *outs,
+            x, _gluon_table(quantizer, x.device), starts, page_table, None, None, codes, norms,
+            *x.stride()[:3], *codes.stride()[:3], *norms.stride(), x.shape[2], *outs,
             **constants, **options, enable_fp_fusion=False,
         )  # fmt: skip
         return
@@ -103,6 +103,6 @@ def _table(quantizer, device):
 
 
 @cache
-def _places(quantizer, device):
+def _gluon_table(quantizer, device):
     with torch.inference_mode(False):
-        return torch.tensor(place_table(quantizer), device=device)
+        return torch.tensor(gluon_compress_table(quantizer), device=device)

@@ -26,8 +26,8 @@ ENCODERS = (*IMPLEMENTATIONS, "gluon")
 NEEDS = {
     "pallas_triton": "'pallas_triton' needs a JAX with Pallas-Triton, vectors of up to 2 GiB and head_dim 8 to 256",
     "triton": "'triton' needs CUDA, an installed Triton and head_dim 8 to 256",
-    "gluon": "'gluon' needs a Hopper device, an installed Triton with Gluon, bfloat16 of head_dim 64 or 128, "
-    "a Hadamard rotation, no center and multiples of 16 positions",
+    "gluon": "'gluon' needs a Hopper device, an installed Triton with Gluon, bfloat16 of head_dim 64, 128 or 256, "
+    "a Hadamard rotation and no center",
 }
 XLA = {
     "compress": xla.encode,
@@ -56,9 +56,9 @@ def compress(
       center: [..., 1 or S, D] float32, broadcast to x and subtracted in float32 first, such as `key_center` or
         `rotary_center`; None subtracts nothing. It is kept as given, and `decompress` adds it back.
       implementation: "xla" (any device); "pallas_triton" (CUDA, interpreted on a CPU) or "triton" (CUDA, an installed
-        Triton), both for head_dim 8 to 256; "gluon" (the same on a Hopper device, bfloat16 of head_dim 64 or 128 with a
-        Hadamard rotation and without a center, multiples of 16 positions); or None: on CUDA the first of gluon (for
-        many vectors, if all devices are Hoppers) and triton that can do the case, else xla.
+        Triton), both for head_dim 8 to 256; "gluon" (the same on a Hopper device, bfloat16 of head_dim 64, 128 or
+        256 with a Hadamard rotation and without a center); or None: on CUDA the first of gluon (for many vectors, if
+        all devices are Hoppers) and triton that can do the case, else xla.
 
     Returns:
       PackedVectors: codes [..., S, P] uint8, norms [..., S] float32, center, and the residual or None.

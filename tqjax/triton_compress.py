@@ -18,9 +18,9 @@ from tqcore.kernels import (
     compress_launch,
     compress_table,
     gluon_compress_launch,
+    gluon_compress_table,
     gluon_takes,
     load,
-    place_table,
 )
 from tqjax import triton_call
 
@@ -85,7 +85,7 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, gluon, capability
     aligned = quantizer.packed_dim % 4 == 0
     (rows, _, size, _), pages = outs[0].shape, [a for a in arrays if a.ndim == 2]
     strides = _strides("x", x.shape) | _strides("codes", outs[0].shape) | _strides("norms", (*outs[1].shape, 1))
-    sizes = {"S": size, "N": rows, "M": pages[0].shape[1] if pages else 0}
+    sizes = {"T": x.shape[2], "S": size, "N": rows, "M": pages[0].shape[1] if pages else 0}
     if gluon:
         if capability // 10 != 9:
             raise NotImplementedError(
@@ -93,7 +93,7 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, gluon, capability
             )
         constants, grid, options = gluon_compress_launch(quantizer, x.shape[:3], aligned=aligned)
         return triton_call.launch(
-            load("gluon_compress"), [x, jnp.asarray(place_table(quantizer)), *arrays], outs,
+            load("gluon_compress"), [x, jnp.asarray(gluon_compress_table(quantizer)), *arrays], outs,
             constants | none | strides | sizes, grid=grid, capability=capability, aliases=aliases, **options,
         )  # fmt: skip
     name, constants, grid, num_warps = compress_launch(quantizer, x.shape[:3], encode=True, aligned=aligned)
@@ -101,7 +101,7 @@ def _encode(x, center, arrays, outs, none, aliases, quantizer, gluon, capability
     constants |= none | strides | sizes
     constants |= _strides("center", center[0].shape, x.shape) if center else {"center_ptr": None}
     constants |= {} if center else {f"center_stride_{axis}": 0 for axis in "bkt"}
-    constants |= {"vectors": batch * heads * length, "K": heads, "T": length}
+    constants |= {"vectors": batch * heads * length, "K": heads}
     return triton_call.launch(
         load(name), [x, *center, jnp.asarray(compress_table(quantizer)), *arrays], outs, constants,
         grid=grid, capability=capability, aliases=aliases, num_warps=num_warps, num_stages=1,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tqcore import tuning
 from tqcore.quantizer import Quantizer
-from tqcore.rotation import inverse_sqrt, matrix, signs
+from tqcore.rotation import hadamard, inverse_sqrt, matrix, signs
 
 KERNELS = {
     "triton": ("scores", "scores_kernel"),
@@ -27,7 +27,7 @@ KERNELS = {
     "dense_decompress": ("dense_compress", "dense_decompress_kernel"),
 }
 FEW_VECTORS = 8192  # up to which they are spread over more lanes and programs
-GLUON_VECTORS = 16  # of a program of the Gluon encoder
+GLUON_STEPS, GLUON_PROGRAMS = 8, 4096  # steps of a program of the Gluon encoder; programs that fill a device
 GLUON_TESTED_WITH = ("3.6.", "3.7.")  # versions of Triton; Gluon is an experimental dialect
 
 
@@ -105,6 +105,24 @@ def place_table(quantizer: Quantizer) -> NDArray[np.float32]:
     return table
 
 
+def gluon_compress_table(quantizer: Quantizer) -> NDArray[np.int32]:
+    """[288 + D/2] int32 for the Gluon encoder: the bits of `place_table`; from 32 on eight words of each lane 4·g + q;
+    from 288 on the signs of coordinates, by twos, as what takes bfloat16 to its product by exclusive or.
+
+    A lane's words are rows 2·q and 2·q + 1 of column g of H = the Hadamard matrix of eight, in bfloat16: what it has of
+    the columns (H, H) and (H, −H) of the one of sixteen, and of the negatives of both.
+    """
+    eight = hadamard(np.eye(8, dtype=np.float32), np).reshape(32, 2)
+    parts = np.stack([eight, eight, eight, -eight, -eight, -eight, -eight, eight], 1)
+    zeros = np.copysign(np.float32(0), signs(quantizer))
+    return np.concatenate([place_table(quantizer).view(np.int32), _bfloat16_pairs(parts), _bfloat16_pairs(zeros)])
+
+
+def _bfloat16_pairs(x):
+    """float32 that bfloat16 can hold, two by two."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.int32)
+
+
 def are_many(vectors: int) -> bool:
     """Whether so many vectors fill a device, each of them in few lanes."""
     return vectors > FEW_VECTORS
@@ -151,8 +169,8 @@ def compress_launch(
 
 def gluon_takes(quantizer: Quantizer, shape: Sequence[int], dtype: str, centered: bool) -> bool:
     """Whether the Gluon encoder takes vectors [B, K, T] of that type."""
-    fits = quantizer.rotation == "hadamard" and quantizer.head_dim in (64, 128)
-    return fits and dtype == "bfloat16" and not centered and shape[2] % GLUON_VECTORS == 0 and max(shape[:2]) < 2**16
+    fits = quantizer.rotation == "hadamard" and quantizer.head_dim in (64, 128, 256)
+    return fits and dtype == "bfloat16" and not centered and max(shape[:2]) < 2**16
 
 
 def gluon_compress_launch(
@@ -161,18 +179,21 @@ def gluon_compress_launch(
     """Constants, grid and options of the Gluon encoder; as `compress_launch`."""
     head_dim, bits, (batch, heads, length) = quantizer.head_dim, quantizer.code_bits, shape
     limit, steepness = companding(quantizer)
+    steps = tuning.next_power_of_two(max(1, batch * heads * length // (8 * GLUON_PROGRAMS)))
+    steps = min(steps, GLUON_STEPS)
     constants = {
         "D": head_dim,
         "BITS": bits,
         "CORRECTED": quantizer.norm == "corrected",
-        "SIGNS": sum(1 << d for d in np.flatnonzero(signs(quantizer) < 0).tolist()),
         "SCALE": float(inverse_sqrt(head_dim)),
         "LIMIT": limit,
         "STEEPNESS": steepness,
         "CENTROIDS": centroid_words(quantizer.codebook.centroids[2 ** (bits - 1) :]),
         "ALIGNED": aligned,
+        "STEPS": steps,
     }
-    return constants, (length // GLUON_VECTORS, heads, batch), {"num_warps": 1, "num_stages": 1, "maxnreg": 96}
+    grid = tuning.ceil_div(length, 8 * steps), heads, batch
+    return constants, grid, {"num_warps": 1, "num_stages": 1, "maxnreg": 96 if head_dim <= 128 else 144}
 
 
 def centroid_words(centroids: NDArray[np.float32]) -> tuple[int, ...]:
