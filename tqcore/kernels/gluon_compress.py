@@ -3,13 +3,13 @@
     norm, index_d = number of boundaries b with b < (R x)_d / ‖x‖
 
 A warp encodes eight vectors at a time. Lane 4·g + q has of vector g the coordinates 8·q to 8·q + 7 of every 32, as it
-reads and writes them: number n of a tuple of [8, 4] tensors is coordinate 32·(n // 8) + 8·q + n % 8, and word i holds
-numbers 2·i and 2·i + 1. Tensor cores do the Hadamard matrix's butterflies but for those two coordinates apart: the four
-words of 32·j are sixteen rows, of which words 0 and 2, and words 1 and 3, are one.
+reads and as it writes them: number n of a tuple of [8, 4] tensors is coordinate 32·(n // 8) + 8·q + n % 8, and word i
+holds numbers 2·i and 2·i + 1. Tensor cores do all butterflies of the Hadamard matrix but of coordinates two apart:
+of every four words, the first and the third are one row of a product, the second and the fourth another.
 
-Norms before their correction have the order of sums of `tqcore.reference`, and so its bits. Tensor cores truncate, and
-dividing by ‖x‖ is rounded, where the oracle multiplies boundaries: a coordinate within rounding of a boundary may fall
-on its other side. `compress.py` has no such exception, and takes all that this does not.
+‖x‖ has the order of sums of `tqcore.reference`, and so its bits. Tensor cores truncate, and dividing by ‖x‖ is rounded,
+where the oracle multiplies boundaries: a coordinate within rounding of a boundary may fall on its other side.
+`compress.py` has no such exception, and takes all that this does not.
 
 Source: docs/format.md, section 4; `mma`, `prmt`, `shfl` and `tanh`: PTX ISA.
 """
@@ -108,6 +108,14 @@ def _load(x_ptr, stride, first, T, live, D: gl.constexpr):
     for j in gl.static_range(D // 32):
         words += _four(row_ptr + (16 * j + 4 * q), live)
     return words
+
+
+@gluon.jit
+def _matrix(table_ptr):
+    """A lane's eight words of it."""
+    g, q = _axes()
+    at = table_ptr + (MATRIX + 8 * (4 * g + q))
+    return _four(at, True) + _four(at + 4, True)
 
 
 @gluon.jit
@@ -248,12 +256,10 @@ def compress_kernel(
     x_ptr += b * x_stride_b + k * x_stride_k
     words = _load(x_ptr, x_stride_t, first, T, True, D)
 
-    g, q = _axes()
-    at = table_ptr + (MATRIX + 8 * (4 * g + q))
-    matrix = _four(at, True) + _four(at + 4, True)
+    matrix = _matrix(table_ptr)
     row = gl.arange(0, 8, layout=LR)
-    q = gl.arange(0, 4, layout=gl.SliceLayout(0, LV))[None, :] + gl.zeros([8, 4], gl.int32, LV)
-    thread = 4 * row[:, None] + q
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, LV))[None, :] + gl.zeros([8, 4], gl.int32, LV)
+    thread = 4 * row[:, None] + lane
     bounds = gl.load(table_ptr + thread).to(gl.float32, bitcast=True) * STEEPNESS
     zero = (first + thread) >> 31  # which the compiler does not know: `prmt` cannot read what it knows to be uniform
     table = CENTROIDS[0] + zero, CENTROIDS[1] + zero, CENTROIDS[2] + zero, CENTROIDS[3] + zero
@@ -262,14 +268,15 @@ def compress_kernel(
         square = _square(words)
         # A vector whose ‖x‖² is ordinary needs no power of two: scaled or not, all sums have the same bits.
         finite, usable, e = square == square, square == square, gl.zeros([8], gl.int32, LR)
-        ordinary = ((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))[:, None].to(gl.int32) + 0 * q
+        ordinary = ((square > SMALLEST_SQUARE) & (square < LARGEST_SQUARE))[:, None].to(gl.int32) + 0 * lane
         if gl.min(ordinary.reshape([32]), 0) == 0:
             finite, usable, e, words = _scaled(words)
             square = _square(words)
         length = gl.sqrt_rn(square)
         inverse = gl.rsqrt(gl.where(usable, square, 1.0))
         inverse = gl.fma(inverse, gl.fma(-gl.where(usable, length, 1.0), inverse, 1.0), inverse)  # Newton's step
-        y = _rotate(_signed(words, table_ptr), matrix, inverse[:, None] * (SCALE * STEEPNESS))
+        factor = inverse * (SCALE * STEEPNESS)
+        y = _rotate(_signed(words, table_ptr), matrix, factor[:, None])
         words = _load(x_ptr, x_stride_t, first + 8 * step + 8, T, step + 1 < steps, D)  # while these are encoded
 
         t = first + 8 * step + row
@@ -280,11 +287,11 @@ def compress_kernel(
         along = nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing
         for j in gl.static_range(D // 32):
             index = _indices(y, 8 * j, bounds, BITS, LIMIT)
-            _store_codes(code_row_ptr, q, 4 * j, index, inside[:, None], D, BITS, ALIGNED)
+            _store_codes(code_row_ptr, lane, 4 * j, index, inside[:, None], D, BITS, ALIGNED)
             if CORRECTED:
                 along = _along(y, 8 * j, index, table, along, BITS)
         norm = length
         if CORRECTED:
-            total = gl.sum(_halve(_halve(_halve(along)))[0], 1) * (length / STEEPNESS)
-            norm = gl.div_rn(square, gl.where(usable, total, 1.0))
+            total = gl.sum(_halve(_halve(_halve(along)))[0], 1)
+            norm = gl.div_rn(square * factor, gl.where(usable, total * SCALE, 1.0))
         gl.store(norm_ptr, gl.where(finite, norm * power_of_two(e), float("nan")), mask=inside)
