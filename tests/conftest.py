@@ -20,6 +20,15 @@ torch.set_num_threads(1)
 LACKS = {"gpu": "needs a CUDA device", "cpu": "shows on a CPU alone", "two_devices": "needs two devices"}
 
 
+@pytest.fixture
+def exact_products():
+    """Products of JAX in float32, where a GPU's are of fewer bits by default."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def in_compiling_process():
     """Calls a function in its own process: where TRITON_INTERPRET is set, Triton's functions are not compilable."""

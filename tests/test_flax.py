@@ -13,11 +13,7 @@ from tqjax.flax import CompressedAttention, CompressedAttentionLinen, compress_a
 B, T, C, D = 2, 21, 64, 32
 LIMIT = attention_tolerance("float32", D)
 
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def rotary(x, positions):
@@ -155,5 +151,11 @@ def test_refused(call, message):
         module(inputs(), decode=True, **call)
     if call:
         assert not module.cache.get_value().lengths.any()
-        with pytest.raises(ValueError, match="must have room"):
-            module(jnp.zeros((B, T + 1, C)), decode=True, deterministic=True)
+
+
+@pytest.mark.cpu
+def test_too_many_positions_are_refused():
+    module = CompressedAttention(4, C, rngs=nnx.Rngs(0))
+    init_cache(module, B, T)
+    with pytest.raises(ValueError, match="must have room"):
+        module(jnp.zeros((B, T + 1, C)), decode=True)

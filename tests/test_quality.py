@@ -40,6 +40,7 @@ def test_levels_beyond_a_quantizer_are_the_same_rule():
     assert set(np.unique(narrow)) <= set(quality.codebook.Codebook(64, 4).centroids.astype(np.float64))
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_dense_ways_are_dense_attention(model):
     dense, packed = (
         model(TOKENS, attention=attention)

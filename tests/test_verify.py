@@ -284,6 +284,7 @@ def test_picture_of_layers_that_differ(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_flax_capture():
     """What is captured gives the module's own output, and the module is left as it was."""
     module = nnx.MultiHeadAttention(num_heads=4, in_features=64, decode=False, rngs=nnx.Rngs(0))
