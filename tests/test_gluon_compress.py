@@ -62,6 +62,15 @@ def test_what_it_takes(takes, quantizer, shape, dtype, centered):
     assert kernels.gluon_takes(quantizer, shape, dtype, centered) == takes
 
 
+@pytest.mark.parametrize(
+    ("shape", "steps"), [((1, 1, 1), 1), ((2, 3, 9), 1), ((64, 16, 129), 4), ((8, 8, 32768), 8), ((1, 1, 2**24 + 1), 8)]
+)
+def test_programs_are_enough_for_all_positions(shape, steps):
+    constants, grid, _ = kernels.gluon_compress_launch(Quantizer(128), shape)
+    assert constants["STEPS"] == steps and grid[1:] == shape[1::-1]
+    assert (grid[0] - 1) * 8 * steps < shape[2] <= grid[0] * 8 * steps
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("package", [tq_torch, tqjax], ids=lambda package: package.__name__)
 def test_needs_a_hopper(package):

@@ -179,8 +179,7 @@ def gluon_compress_launch(
     """Constants, grid and options of the Gluon encoder; as `compress_launch`."""
     head_dim, bits, (batch, heads, length) = quantizer.head_dim, quantizer.code_bits, shape
     limit, steepness = companding(quantizer)
-    steps = tuning.next_power_of_two(max(1, batch * heads * length // (8 * GLUON_PROGRAMS)))
-    steps = min(steps, GLUON_STEPS)
+    steps = min(GLUON_STEPS, tuning.next_power_of_two(max(1, batch * heads * length // (8 * GLUON_PROGRAMS))))
     constants = {
         "D": head_dim,
         "BITS": bits,
