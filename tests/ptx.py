@@ -209,14 +209,13 @@ class _Program:
         """
         assert live.all() and kinds[3:5] == ["row", "col"]
         a, b, c = (np.stack([self.value(x, np.uint32) for x in registers], 1) for registers in operands[1:])
-        whole, halves = kinds[-2] == "s8", b.shape[1]
-        types, size = (("s32", "s8"), 32) if whole else (("f32", kinds[-2]), 16)
-        assert kinds[2] == f"m16n8k{size // 2 * halves}" and kinds[-4:] == [types[0], types[1], types[1], types[0]]
+        whole = kinds[2] == "m16n8k32" and kinds[-4:] == ["s32", "s8", "s8", "s32"]
+        assert whole or (kinds[2] == "m16n8k16" and kinds[-4:] in (["f32", x, x, "f32"] for x in ("f16", "bf16")))
         part, total = (np.int8, np.int32) if whole else (FLOATS[kinds[-2]], np.float32)
-        wide, number = np.int64 if whole else np.float64, 4 // np.dtype(part).itemsize
-        left = a.view(part).reshape(-1, 8, 4, halves, 2, number)  # warp, g, t, k's half, row's half, k
+        wide = np.int64 if whole else np.float64
+        left = a.view(part).reshape(-1, 8, 4, 2, 2, 4 // np.dtype(part).itemsize)  # warp, g, t, k's half, row's half, k
         left = left.transpose(0, 4, 1, 3, 2, 5).reshape(len(left), 16, -1).astype(wide)
-        right = b.view(part).reshape(-1, 8, 4, halves, number)
+        right = b.view(part).reshape(-1, 8, 4, 2, 4 // np.dtype(part).itemsize)
         right = right.transpose(0, 3, 2, 4, 1).reshape(len(right), -1, 8).astype(wide)
         with np.errstate(all="ignore"):
             product = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4) + c.view(total)
