@@ -182,7 +182,7 @@ def _product(words, first: gl.constexpr, matrix, part: gl.constexpr, sums):
 
 @gluon.jit
 def _rotate(words, matrix, factor):
-    """factor · H x. Products that sums have in common are found once, by the compiler."""
+    """factor · H x. Products that sums have in common are computed once: the compiler sees to it."""
     zero = gl.zeros([8, 4], gl.float32, _lanes_layout())
     y = ()
     for j in gl.static_range(len(words) // 4):
@@ -190,6 +190,7 @@ def _rotate(words, matrix, factor):
             z = zero, zero, zero, zero
             for i in gl.static_range(len(words) // 4):
                 z = _product(words, 4 * i, matrix, 4 * _odd(i, j) + 2 * half, z)
+            # Fused, a difference of zero would not stay one.
             y += ((z[0] + z[2]) * factor, (z[1] + z[3]) * factor, (z[0] - z[2]) * factor, (z[1] - z[3]) * factor)
     return y
 
