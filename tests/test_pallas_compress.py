@@ -12,8 +12,7 @@ from test_compress import Case, check, vectors
 
 import tqcore
 import tqjax
-from tqcore import PackedVectors, Quantizer
-from tqcore.kernels import place_table
+from tqcore import PackedVectors, Quantizer, kernels
 from tqcore.rotation import signs
 from tqjax import pallas_compress, triton_compress
 
@@ -112,7 +111,7 @@ def encoder_ptx(quantizer, rows, dtype):
     """PTX of the encoder of many vectors, whatever their number."""
     from cubin import compile_ttir, pallas_ttir
 
-    pallas_compress.FEW_ROWS = 0  # in a process of its own
+    kernels.FEW_VECTORS = 0  # in a process of its own
     encode = partial(pallas_compress.compress, quantizer=quantizer)
     x = jax.ShapeDtypeStruct((rows, quantizer.head_dim), jnp.dtype(dtype))
     ((text, num_warps, num_stages),) = pallas_ttir(encode, x)
@@ -130,7 +129,7 @@ def test_its_instructions_give_the_oracles_bits(in_compiling_process, case):
     quantizer, rows = case.quantizer, x[..., 0].size
     text = in_compiling_process(encoder_ptx, quantizer, rows, case.dtype)
     codes, norms = np.full((*x.shape[:3], quantizer.packed_dim), 7, np.uint8), np.full(x.shape[:3], 3, np.float32)
-    given = {"x": x.view(f"u{x.itemsize}"), "signs": signs(quantizer), "places": place_table(quantizer)}
+    given = {"x": x.view(f"u{x.itemsize}"), "signs": signs(quantizer), "places": kernels.place_table(quantizer)}
     given |= {"codes": codes, "norms": norms}
     lanes = min(4, case.D // 8)
     ptx.run(text, [*given], given, (-(-rows // (32 // lanes)), 1, 1))

@@ -22,16 +22,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from tqcore import fixed_point, tuning
 from tqcore.fixed_point import ABS_MASK, INFINITY_BITS, MIN_EXPONENT_BITS, QUERY_LIMIT
-from tqcore.kernels import can_compress, centroid_words, companding, place_table
+from tqcore.kernels import are_many, can_compress, centroid_words, companding, place_table
 from tqcore.rotation import inverse_sqrt, matrix, signs
 from tqjax import partition
 
 MAX_INDEXED_BYTES = 2**31  # Pallas indexes arrays by signed 32-bit offsets
 
 CARRY, BIAS = fixed_point.exponent_bias(fixed_point.QUERY_LIMIT)
-FEW_ROWS = 8192  # up to which they are spread over more lanes and programs
 DENSE_STEP = 32  # rows of the matrix that a step of a dense rotation takes
-
 
 # $0 = ROUNDER + the place of a coordinate $1, that of the last boundary below it and 1, counted from the boundary at
 # zero. A hyperbolic tangent of factors $2 and $5 tells which boundary is in question; lane `place % 32` holds that one
@@ -60,6 +58,14 @@ prmt.b32 second, $4, $5, select;
 prmt.b32 $0, first, second, 0x%s;
 }"""
 PICKS = ("0488", "1599", "26AA", "37BB")
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _split8(x):
@@ -221,14 +227,6 @@ def _store_codes(codes_ref, row, group, word, live, head_dim, bits):
             store(head_dim // 4, _one_bit(word >> 2, 2, 4), 1)
 
 
-def _bits(x):
-    return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _float(bits):
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def _assembly(text, constraints, *arguments, dtype=jnp.float32):
     result = jax.ShapeDtypeStruct(arguments[0].shape, dtype)
     return plgpu.elementwise_inline_asm(
@@ -240,6 +238,54 @@ def _multiply(a, b, ptx):
     """a · b rounded once, never fused with an addition: on a CPU by a minimum that changes nothing."""
     b = jnp.broadcast_to(b, a.shape)
     return _assembly("mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b) if ptx else jnp.minimum(a * b, QUERY_LIMIT**2)
+
+
+def _load(x_ref, center_ref, row, live, center, d):
+    """x less its center at coordinates d [1, ...], float32."""
+    row, live = (one.reshape(-1, *(1,) * (d.ndim - 1)) for one in (row, live))
+    inside = live & (d < x_ref.shape[1])
+    x = plgpu.load(x_ref.at[row, d], mask=inside, other=0.0).astype(jnp.float32)
+    if center_ref is None:
+        return x
+    return x - plgpu.load(center_ref.at[center(row), d], mask=inside, other=0.0)
+
+
+def _rotate(x, signs_ref, within):
+    """H (signs ⊙ x): R x but for the factor."""
+    y = []
+    for j in range(len(x) // 8):
+        d = 8 * within.shape[1] * j + within
+        signs = _split8(plgpu.load(signs_ref.at[d]))
+        for i in range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
+            first, second = x[8 * j + i] * signs[i], x[8 * j + i + 1] * signs[i + 1]
+            y += [first + second, first - second]
+    return _hadamard(y, 1)
+
+
+def _dense(load, matrix_ref, inverse, usable, constants):
+    """R x̃ as 8·J arrays of [R, L]."""
+    D, width = constants["D"], 8 * constants["L"] * constants["J"]
+    column = jnp.arange(width)[None, :]
+    step = min(DENSE_STEP, width)
+
+    def add(i, acc):
+        d = i * step + jnp.arange(step)
+        part = jnp.where(usable[:, None], load(d[None, :]), 0.0) * inverse
+        inside = (d[:, None] < D) & (column < D)
+        rows = plgpu.load(matrix_ref.at[d[:, None], column], mask=inside, other=0.0)
+        return acc + jnp.dot(part, rows, precision=lax.Precision.HIGHEST)
+
+    acc = jnp.zeros((constants["R"], width), jnp.float32)
+    return _columns(lax.fori_loop(0, tuning.ceil_div(D, step), add, acc), constants["J"], constants["L"])
+
+
+def _columns(x, J, L):
+    """[R, 8·L·J] as 8·J arrays of [R, L]."""
+    if J == 1:
+        return _split8(x.reshape(x.shape[0], L, 8))
+    halves = x.reshape(x.shape[0], 2, x.shape[1] // 2).transpose(0, 2, 1)
+    front, back = (half.reshape(half.shape[:2]) for half in lax.split(halves, (1, 1), axis=2))
+    return _columns(front, J // 2, L) + _columns(back, J // 2, L)
 
 
 def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, corrected, boundaries, ptx):
@@ -299,54 +345,6 @@ def _compress_kernel(x_ref, rotation_ref, places_ref, *refs, constants, center, 
     plgpu.store(norms_ref.at[row], norm, mask=live)
 
 
-def _load(x_ref, center_ref, row, live, center, d):
-    """x less its center at coordinates d [1, ...], float32."""
-    row, live = (one.reshape(-1, *(1,) * (d.ndim - 1)) for one in (row, live))
-    inside = live & (d < x_ref.shape[1])
-    x = plgpu.load(x_ref.at[row, d], mask=inside, other=0.0).astype(jnp.float32)
-    if center_ref is None:
-        return x
-    return x - plgpu.load(center_ref.at[center(row), d], mask=inside, other=0.0)
-
-
-def _rotate(x, signs_ref, within):
-    """H (signs ⊙ x): R x but for the factor."""
-    y = []
-    for j in range(len(x) // 8):
-        d = 8 * within.shape[1] * j + within
-        signs = _split8(plgpu.load(signs_ref.at[d]))
-        for i in range(0, 8, 2):  # the first butterflies: a product by 1 or -1 is exact
-            first, second = x[8 * j + i] * signs[i], x[8 * j + i + 1] * signs[i + 1]
-            y += [first + second, first - second]
-    return _hadamard(y, 1)
-
-
-def _dense(load, matrix_ref, inverse, usable, constants):
-    """R x̃ as 8·J arrays of [R, L]."""
-    D, width = constants["D"], 8 * constants["L"] * constants["J"]
-    column = jnp.arange(width)[None, :]
-    step = min(DENSE_STEP, width)
-
-    def add(i, acc):
-        d = i * step + jnp.arange(step)
-        part = jnp.where(usable[:, None], load(d[None, :]), 0.0) * inverse
-        inside = (d[:, None] < D) & (column < D)
-        rows = plgpu.load(matrix_ref.at[d[:, None], column], mask=inside, other=0.0)
-        return acc + jnp.dot(part, rows, precision=lax.Precision.HIGHEST)
-
-    acc = jnp.zeros((constants["R"], width), jnp.float32)
-    return _columns(lax.fori_loop(0, tuning.ceil_div(D, step), add, acc), constants["J"], constants["L"])
-
-
-def _columns(x, J, L):
-    """[R, 8·L·J] as 8·J arrays of [R, L]."""
-    if J == 1:
-        return _split8(x.reshape(x.shape[0], L, 8))
-    halves = x.reshape(x.shape[0], 2, x.shape[1] // 2).transpose(0, 2, 1)
-    front, back = (half.reshape(half.shape[:2]) for half in lax.split(halves, (1, 1), axis=2))
-    return _columns(front, J // 2, L) + _columns(back, J // 2, L)
-
-
 def can_do(quantizer, vectors):
     """Whether the kernels take this quantizer and so many vectors."""
     return can_compress(quantizer) and vectors.size * vectors.dtype.itemsize <= MAX_INDEXED_BYTES
@@ -392,7 +390,7 @@ def _constants(quantizer, rows):
     bits, dense = quantizer.code_bits, quantizer.rotation != "hadamard"
     limit, steepness = companding(quantizer)
     padded = tuning.next_power_of_two(quantizer.head_dim)
-    lanes = min(8 if rows < FEW_ROWS else 4, padded // 8)
+    lanes = min(4 if are_many(rows) else 8, padded // 8)
     return {
         "D": quantizer.head_dim,
         "BITS": bits,
