@@ -117,6 +117,8 @@ def model_cases(model: tiny_lm.TinyLM) -> Iterator[tuple[str, str, str, Any]]:
     extras = {
         "plain norms": Way(4, 4, norm="plain"),
         "first 4 tokens dense": Way(4, 4, center="rotary mean", first=4),
+        "last 32 positions dense": Way(4, 4, center="rotary mean", window=32),
+        "last 32 dense, no center": Way(4, 4, window=32),
         "dense values": Way(4, 0, center="rotary mean"),
         "dense keys": Way(0, 4),
         "center of the bias": Way(4, 4, center="rotary bias"),

@@ -36,6 +36,7 @@ class Way:
     norm: str | None = None
     center: str = "none"  # as in `tqcore.verify`, or "calibrated": a rotary center from training text
     first: int = 0  # first tokens left dense
+    window: int = 0  # last positions before each query, its own among them, left dense
 
 
 class Packed:
@@ -52,15 +53,18 @@ class Packed:
         exact = q @ k.repeat(groups, axis=1).swapaxes(-1, -2) * q.shape[-1] ** -0.5
         positions = jnp.arange(k.shape[-2])
         scores, center = exact, self.center(way.center, layer, k)
+        causal = jnp.tri(k.shape[-2], dtype=bool)
+        dense = (positions < way.first) | (causal & ~jnp.tri(k.shape[-2], k=-way.window, dtype=bool))
         if way.key_bits:
             packed = tqjax.compress(k, tqjax.Quantizer(k.shape[-1], way.key_bits, norm=way.norm), center=center)
             scores = tqjax.attention_scores(q, packed, add_center=True)
-            scores = jnp.where(positions < way.first, exact, scores)
-        if way.value_bits:
-            restored = tqjax.decompress(tqjax.compress(v, tqjax.Quantizer(v.shape[-1], way.value_bits)))
-            v = jnp.where(positions[:, None] < way.first, v, restored)
-        causal = jnp.tri(scores.shape[-1], dtype=bool)
-        return jax.nn.softmax(scores, where=causal) @ v.repeat(groups, axis=1)
+            scores = jnp.where(dense, exact, scores)
+        weights = jax.nn.softmax(scores, where=causal)
+        if not way.value_bits:
+            return weights @ v.repeat(groups, axis=1)
+        restored = tqjax.decompress(tqjax.compress(v, tqjax.Quantizer(v.shape[-1], way.value_bits)))
+        exact, restored = (x.repeat(groups, axis=1) for x in (v, restored))
+        return jnp.where(dense, 0.0, weights) @ restored + jnp.where(dense, weights, 0.0) @ exact
 
     def center(self, name: str, layer: int, k: jax.Array) -> jax.Array | None:
         positions = jnp.arange(k.shape[-2])

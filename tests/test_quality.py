@@ -47,8 +47,14 @@ def test_dense_ways_are_dense_attention(model):
         for attention in (tiny_lm.causal_attention, quality_model.uniform(model, Way(0, 0)))
     )
     np.testing.assert_allclose(dense, packed, atol=1e-3)
-    other = model(TOKENS, attention=quality_model.uniform(model, Way(2, 2)))
+    other, recent, all_recent = (
+        model(TOKENS, attention=quality_model.uniform(model, Way(2, 2, window=window)))
+        for window in (0, 4, TOKENS.size)
+    )
     assert np.abs(dense - other).max() > 0.1
+    np.testing.assert_allclose(dense, all_recent, atol=1e-3)
+    np.testing.assert_allclose(dense[:, :4], recent[:, :4], atol=1e-3)
+    assert np.abs(dense[:, 4:] - recent[:, 4:]).max() > 0.1
 
 
 def test_every_layer_has_its_own_way(model):
