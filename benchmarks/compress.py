@@ -20,7 +20,7 @@ import numpy as np
 
 FLIPS_PER_MILLION = 2
 NORM_ULPS = {"plain": 2, "corrected": 8}
-CHECKED = 78_128  # vectors of 128 coordinates: 10^7, in sixteens
+CHECKED = 78_125  # vectors of 128 coordinates: 10^7
 LARGE = {"B": 8, "K": 8, "S": 32768, "T": None, "D": 128}
 TOKEN = {"B": 64, "K": 8, "S": 4096, "T": 1, "D": 128}
 REPEATS = 15

@@ -84,10 +84,8 @@ def run(devices, batch, size) -> list[dict]:
             text = compiled.as_text()
             found = sorted({kind for kind in COLLECTIVES if kind in text})
             held, outs = compiled(*given)
-            out, after = (
-                np.stack([*map(np.asarray, outs)]),
-                np.asarray(held[-1].keys.codes[..., size : size + steps, :]),
-            )
+            out = np.stack(list(map(np.asarray, outs)))
+            after = np.asarray(held[-1].keys.codes[..., size : size + steps, :])
             expected, codes = (out, after) if expected is None else (expected, codes)
             error = float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
             right = same_scores and not found and error <= LIMIT and bool((after == codes).all())

@@ -61,9 +61,9 @@ def compress(
     residual = None
     if quantizer.residual is not None:
         x = x.float() if fixed is None else x.float() - fixed
-        exact = None if implementation == "gluon" else implementation
-        rest = x - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer), "float32", False, exact)
-        signs, lengths = torch.ops.tq_torch.compress(rest, None, *_fields(quantizer.residual), exact)
+        of_rest = None if implementation == "gluon" else implementation
+        rest = x - torch.ops.tq_torch.decompress(codes, norms, *_fields(quantizer), "float32", False, of_rest)
+        signs, lengths = torch.ops.tq_torch.compress(rest, None, *_fields(quantizer.residual), of_rest)
         residual = PackedVectors(signs, lengths, quantizer.residual)
     return PackedVectors(codes, norms, quantizer, center, residual)
 

@@ -23,7 +23,7 @@ def can_do(x: torch.Tensor, quantizer: Quantizer) -> bool:
 
 
 def can_do_by_gluon(x: torch.Tensor, quantizer: Quantizer, center: torch.Tensor | None) -> bool:
-    """Whether the Gluon encoder takes such vectors: it copies 16 bytes at a time."""
+    """Whether the Gluon encoder takes such vectors: it reads 16 bytes at a time."""
     if not _can_run_gluon(x.device, "gluon_compress"):
         return False
     x = _in_four_axes(x)
